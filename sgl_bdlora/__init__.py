@@ -1,0 +1,1 @@
+"""Block-diagonal LoRA serving for SGLang."""
