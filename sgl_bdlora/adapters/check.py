@@ -1,0 +1,53 @@
+"""Checks that need an adapter's values, or the base model's sizes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sgl_bdlora.adapters.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sgl_bdlora.adapters.format import LoRAModule
+
+
+def check_finite(adapter: str, key: str, values: torch.Tensor) -> None:
+    """Raise AdapterError if `values`, read from the tensor named `key`, hold NaN or infinity. adapter: its name."""
+    if not bool(values.isfinite().all()):
+        raise AdapterError(
+            adapter,
+            f"tensor {key!r} holds NaN or infinite values",
+            "train or convert the adapter again; float16 overflows above 65504, bfloat16 does not",
+        )
+
+
+def check_features(adapter: str, module: LoRAModule, in_features: int, out_features: int) -> None:
+    """Raise AdapterError unless the module's (unpacked) sizes are those of the base model's layer.
+
+    adapter: its name. in_features, out_features: of the whole layer, before tensor parallelism. Only here can a lora_A
+    saved dense under a block-diagonal configuration, or packed under a plain one, be told from a larger model's.
+    """
+    if (module.in_features, module.out_features) == (in_features, out_features):
+        return
+    a = module.a
+    if a.blocks > 1 and a.tensor.shape[1] == in_features:
+        raise AdapterError(
+            adapter,
+            f"tensor {a.tensor.key!r} has the dense shape {a.tensor.shape}, but use_bdlora makes it block-diagonal "
+            f"with nblocks = {a.blocks}, packed as {(module.rank, in_features // a.blocks)}",
+            "save the packed blocks, or leave the module out of use_bdlora.target_modules_bd_a",
+        )
+    if a.blocks == 1 and in_features > a.tensor.shape[1] and in_features % a.tensor.shape[1] == 0:
+        raise AdapterError(
+            adapter,
+            f"tensor {a.tensor.key!r} has shape {a.tensor.shape} on a layer with {in_features} inputs, as if packed in "
+            f"{in_features // a.tensor.shape[1]} diagonal blocks, but use_bdlora does not make it block-diagonal",
+            "set use_bdlora as in training, or save the dense factor; otherwise serve the base model it was trained on",
+        )
+    raise AdapterError(
+        adapter,
+        f"module {module.path!r} has {module.in_features} inputs and {module.out_features} outputs, but the base "
+        f"model's layer has {in_features} and {out_features}",
+        "serve the base model the adapter was trained on",
+    )

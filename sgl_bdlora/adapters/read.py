@@ -1,0 +1,47 @@
+"""Read an adapter: from a directory in PEFT's format, or from tensors and a configuration in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sgl_bdlora.adapters.config import AdapterConfig
+from sgl_bdlora.adapters.errors import AdapterError
+from sgl_bdlora.adapters.format import Adapter
+from sgl_bdlora.adapters.modules import lora_modules
+from sgl_bdlora.adapters.weights import load_json, tensors_in_directory, tensors_in_memory
+
+if TYPE_CHECKING:
+    import torch
+
+_CONFIG = "adapter_config.json"
+
+
+def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapter:
+    """Open the adapter in a directory and check everything that needs neither its values nor the base model.
+
+    path: holds adapter_config.json and adapter_model.safetensors (or an index and its shards). name: for messages and
+    requests; the directory's name if not given. The tensors stay in the memory-mapped file. Raises AdapterError.
+    """
+    directory = Path(path)
+    adapter = name or directory.absolute().name
+    if not directory.is_dir():
+        problem = "is a file, not a directory" if directory.exists() else "does not exist"
+        raise AdapterError(
+            adapter, f"{directory} {problem}", f"give a local directory with {_CONFIG} and adapter_model.safetensors"
+        )
+    if not (directory / _CONFIG).is_file():
+        raise AdapterError(
+            adapter, f"{directory} has no {_CONFIG}", "give the directory that PEFT's save_pretrained wrote"
+        )
+    config = AdapterConfig.from_dict(adapter, load_json(adapter, directory / _CONFIG))
+    tensors = tensors_in_directory(adapter, directory)
+    return Adapter(adapter, str(directory), config, lora_modules(adapter, config, tensors))
+
+
+def adapter_from_tensors(name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Adapter:
+    """The same for tensors in memory. config: the content of adapter_config.json. The tensors are not copied."""
+    parsed = AdapterConfig.from_dict(name, config)
+    return Adapter(name, "<tensors>", parsed, lora_modules(name, parsed, tensors_in_memory(name, tensors)))

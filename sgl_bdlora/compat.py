@@ -1,0 +1,114 @@
+"""Every SGLang name this package relies on. `python -m sgl_bdlora.compat` prints the table and fails on a mismatch.
+
+Moving to another SGLang release starts here: run it against the new release and read the rows that differ.
+"""
+
+import inspect
+import pkgutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+SGLANG_VERSION = "0.5.17"
+
+# Dotted name -> the parameters we pass or receive, in order; None where only the name is used.
+NAMES: dict[str, tuple[str, ...] | None] = {
+    "sglang.srt.plugins.load_plugins": (),
+    "sglang.srt.plugins.hook_registry.HookRegistry.register": ("target", "hook", "hook_type"),
+    "sglang.srt.plugins.hook_registry.HookRegistry._patched": None,
+    "sglang.srt.server_args.LORA_BACKEND_CHOICES": None,
+    "sglang.srt.server_args.prepare_server_args": ("argv",),
+    "sglang.srt.server_args.ServerArgs.add_cli_args": ("parser",),
+    "sglang.srt.server_args.ServerArgs.from_cli_args": ("args",),
+    "sglang.srt.server_args.ServerArgs.check_lora_server_args": ("self",),
+    "sglang.srt.server_args.ServerArgs.override": ("self", "source"),
+    "sglang.launch_server.run_server": ("server_args",),
+    "sglang.srt.entrypoints.engine.Engine.__init__": ("self",),
+    "sglang.srt.lora.backend.lora_registry.register_lora_backend": ("name",),
+    "sglang.srt.lora.backend.base_backend.BaseLoRABackend.__init__": ("self", "max_loras_per_batch", "device"),
+    "sglang.srt.lora.backend.base_backend.BaseLoRABackend.reset_batch_state": ("self",),
+    "sglang.srt.model_executor.model_runner.LoRAManager": None,
+    "sglang.srt.model_executor.model_runner.ModelRunner.init_lora_manager": ("self",),
+    "sglang.srt.lora.lora_manager.LoRAManager.init_state": ("self", "max_lora_rank", "target_modules", "lora_paths"),
+    "sglang.srt.lora.lora_manager.LoRAManager.load_lora_adapter": ("self", "lora_ref"),
+    "sglang.srt.lora.lora_manager.LoRAManager._load_lora_adapter": ("self", "lora_ref"),
+    "sglang.srt.lora.lora_manager.LoRAManager._load_lora_adapter_from_tensors": (
+        "self",
+        "lora_ref",
+        "tensors",
+        "config_dict",
+        "added_tokens_config",
+    ),
+    "sglang.srt.lora.lora_manager.LoRAManager._unload_lora_adapter": ("self", "lora_ref"),
+    "sglang.srt.lora.lora_manager.LoRAManager.validate_new_adapter": ("self", "lora_config", "lora_ref"),
+    "sglang.srt.lora.lora_manager.LoRAManager.validate_lora_batch": ("self", "lora_ids"),
+    "sglang.srt.lora.lora_manager.LoRAManager.fetch_new_loras": ("self", "new_loras", "running_loras"),
+    "sglang.srt.lora.lora_manager.LoRAManager.prepare_lora_batch": ("self", "forward_batch"),
+    "sglang.srt.lora.lora_manager.LoRAManager.create_lora_update_result": ("self", "success", "error_message"),
+    "sglang.srt.lora.lora_registry.LoRARef": None,
+    "sglang.srt.managers.io_struct.LoRAUpdateOutput": None,
+    "sglang.srt.layers.quantization.base_config.LinearMethodBase.apply": ("self", "layer", "x", "bias"),
+    "sglang.srt.layers.linear.LinearBase": None,
+    "sglang.srt.layers.linear.ColumnParallelLinear.forward": ("self", "input_"),
+    "sglang.srt.layers.linear.MergedColumnParallelLinear": None,
+    "sglang.srt.layers.linear.QKVParallelLinear": None,
+    "sglang.srt.layers.linear.ReplicatedLinear": None,
+    "sglang.srt.layers.linear.RowParallelLinear.forward": ("self", "input_", "skip_all_reduce"),
+    "sglang.srt.layers.utils.get_layer_id": ("weight_name",),
+    "sglang.srt.distributed.get_tp_group": (),
+}
+
+
+def check() -> list[tuple[str, str]]:
+    """(name, problem) for every row; the problem is empty where the name is as expected."""
+    return [(name, _problem(name, parameters)) for name, parameters in NAMES.items()]
+
+
+def version_problem() -> str:
+    try:
+        found = version("sglang")
+    except PackageNotFoundError:
+        return f"sglang is not installed; this package needs sglang=={SGLANG_VERSION}"
+    return "" if found == SGLANG_VERSION else f"sglang {found} is installed; this package needs sglang=={SGLANG_VERSION}"
+
+
+def require() -> None:
+    """End the process, naming every mismatch, when the host is not the one this package was written for."""
+    problems = [f"{name}: {problem}" for name, problem in check() if problem]
+    if version_problem():
+        problems.insert(0, version_problem())
+    if problems:
+        raise SystemExit("sgl-bdlora: this SGLang does not fit, refusing to start unpatched.\n  " + "\n  ".join(problems))
+
+
+def _problem(name: str, parameters: tuple[str, ...] | None) -> str:
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        return f"not found ({error})"
+    if parameters is None:
+        return ""
+    # A hooked function keeps its own signature as __wrapped__.
+    have = tuple(inspect.signature(found).parameters)
+    if have[: len(parameters)] != parameters:
+        return f"takes ({', '.join(have)}), expected ({', '.join(parameters)}, ...)"
+    return ""
+
+
+def main() -> int:
+    from sgl_bdlora import cpu
+
+    cpu.prepare_environment()
+    rows = check()
+    width = max(len(name) for name, _ in rows)
+    for name, problem in rows:
+        print(f"{name:<{width}}  {'MISMATCH: ' + problem if problem else 'ok'}")
+    bad = sum(bool(problem) for _, problem in rows)
+    if version_problem():
+        print(f"MISMATCH: {version_problem()}")
+        bad += 1
+    print(f"{len(rows)} names, {bad} mismatches (sglang {SGLANG_VERSION})")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""SGLang's offline engine with block-diagonal LoRA."""
+
+import dataclasses
+
+from sgl_bdlora import config, cpu
+
+cpu.prepare_environment()
+
+import sglang  # noqa: E402
+
+
+class Engine(sglang.Engine):
+    """`sglang.Engine` with LoRA enabled on the bdlora back end.
+
+    Takes sglang.Engine's arguments (fields of ServerArgs) and those of `config.Options` by name; whatever the caller gives wins.
+    """
+
+    def __init__(self, **kwargs):
+        own = {name: kwargs.pop(name) for name in config.names() & kwargs.keys()}
+        dataclasses.replace(config.options(), **own).publish()
+        if "server_args" not in kwargs:
+            defaults = {"enable_lora": True, "lora_backend": config.BACKEND, **cpu.default_fields(kwargs)}
+            kwargs = {**defaults, **kwargs}
+        super().__init__(**kwargs)

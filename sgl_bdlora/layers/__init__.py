@@ -1,0 +1,1 @@
+"""Where LoRA enters the served model."""

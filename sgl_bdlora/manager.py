@@ -1,0 +1,177 @@
+"""The LoRA manager of one rank: loads adapters into host memory, keeps the pool, prepares each batch.
+
+A subclass of SGLang's LoRAManager: the model runner, the scheduler and the CUDA graph runners keep talking to the interface they
+know (sglang/srt/lora/lora_manager.py); what an adapter is and where its weights lie is ours.
+"""
+
+import logging
+
+import torch
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.lora.lora_manager import LoRAManager
+from sglang.srt.lora.lora_registry import LoRARef
+from sglang.srt.managers.io_struct import LoRAUpdateOutput
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+from sgl_bdlora import config
+from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, read_adapter
+from sgl_bdlora.kernels.batch import group_rows
+from sgl_bdlora.layers.host import host_layers
+from sgl_bdlora.layers.linear import LoRALinearMethod
+from sgl_bdlora.memory_pool import MemoryPool
+from sgl_bdlora.sharding import AdapterShard, HostModel, shard_adapter
+
+logger = logging.getLogger(__name__)
+
+
+class BDLoRAManager(LoRAManager):
+    """Serves block-diagonal and plain adapters of any ranks in one batch, without a LoRA collective."""
+
+    def __init__(self, *args, server_args, **kwargs):
+        refuse_unsupported(server_args)
+        super().__init__(*args, server_args=server_args, **kwargs)
+
+    def init_state(self, max_lora_rank=None, target_modules=None, lora_paths=None) -> None:
+        """Wrap the model's layers, make the pool, load the adapters given at start."""
+        options = config.options()
+        self.max_lora_rank = max_lora_rank or config.DEFAULT_MAX_RANK
+        self.shards: dict[str, AdapterShard] = {}
+        self.lora_refs: dict[str, LoRARef] = {}
+        self.num_pinned_loras = 0
+        self.target_modules = None if not target_modules or "all" in target_modules else set(target_modules)
+
+        hosts = []
+        for host, module in list(host_layers(self.base_model, self.target_modules)):
+            module.quant_method = LoRALinearMethod(module.quant_method, self.lora_backend, host.path)
+            hosts.append(host)
+        self.host = HostModel(hosts)
+        self.memory_pool = MemoryPool(options.lora_pool_bytes, self.dtype, self.device, self.max_loras_per_batch)
+
+        for ref in lora_paths or []:
+            result = self.load_lora_adapter(ref)
+            if not result.success:
+                raise SystemExit(f"sgl-bdlora: cannot start: {result.error_message}")
+        if self.tp_rank == 0:
+            logger.info(
+                "sgl-bdlora: %d layers take LoRA, %.2f GiB per rank for adapter weights, %d adapters loaded",
+                len(hosts),
+                self.memory_pool.budget / 2**30,
+                len(self.shards),
+            )
+
+    # Loading and unloading
+
+    def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        return self._load(lora_ref, lambda: read_adapter(lora_ref.lora_path, lora_ref.lora_name))
+
+    def _load_lora_adapter_from_tensors(
+        self, lora_ref: LoRARef, tensors: dict[str, torch.Tensor], config_dict: dict, added_tokens_config=None
+    ) -> LoRAUpdateOutput:
+        return self._load(lora_ref, lambda: adapter_from_tensors(lora_ref.lora_name, tensors, config_dict))
+
+    def _load(self, lora_ref: LoRARef, read) -> LoRAUpdateOutput:
+        """Read, check and shard one adapter; on every rank or on none."""
+        shard, error = None, None
+        try:
+            self._check_ref(lora_ref)
+            adapter: Adapter = read()
+            self._check_rank(adapter)
+            shard = shard_adapter(adapter, self.host, self.dtype, pin=self.device.type == "cuda")
+            self._check_bytes(shard)
+        except AdapterError as refusal:
+            error = str(refusal)
+        except Exception as failure:
+            logger.exception("sgl-bdlora: loading adapter %r failed", lora_ref.lora_name)
+            error = f"LoRA adapter {lora_ref.lora_name!r}: {type(failure).__name__}: {failure}"
+        error = self._first_error(error)
+        if error is not None:
+            return self.create_lora_update_result(success=False, error_message=error)
+        self.shards[lora_ref.lora_id] = shard
+        self.lora_refs[lora_ref.lora_id] = lora_ref
+        self.num_pinned_loras += int(bool(lora_ref.pinned))
+        return self.create_lora_update_result(success=True)
+
+    def _first_error(self, error: str | None) -> str | None:
+        """The first rank's error, if any rank has one: a load that fails on one rank has to fail on all."""
+        if self.tp_size == 1:
+            return error
+        errors: list[str | None] = [None] * self.tp_size
+        torch.distributed.all_gather_object(errors, error, group=get_tp_group().cpu_group)
+        return next((e for e in errors if e is not None), None)
+
+    def _check_ref(self, lora_ref: LoRARef) -> None:
+        name = lora_ref.lora_name
+        if any(ref.lora_name == name for ref in self.lora_refs.values()):
+            raise AdapterError(name, f"lora_name {name!r} is taken by a loaded adapter", "unload that first, or use another name")
+        if lora_ref.pinned and self.num_pinned_loras >= self.max_loras_per_batch - 1:
+            raise AdapterError(
+                name,
+                f"pinned = True, but {self.num_pinned_loras} adapters are pinned and --max-loras-per-batch is "
+                f"{self.max_loras_per_batch}, which has to leave a place for others",
+                "load it unpinned, or raise --max-loras-per-batch",
+            )
+
+    def _check_rank(self, adapter: Adapter) -> None:
+        if adapter.rank > self.max_lora_rank:
+            raise AdapterError(
+                adapter.name, f"r = {adapter.rank} is above the server's limit of {self.max_lora_rank}", "raise --max-lora-rank"
+            )
+
+    def _check_bytes(self, shard: AdapterShard) -> None:
+        if not self.memory_pool.fits([shard]):
+            raise AdapterError(
+                shard.name,
+                f"its weights take {shard.nbytes} bytes on a rank, and the LoRA memory pool has {self.memory_pool.budget}",
+                "raise --lora-pool-gb",
+            )
+
+    def _unload_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        known = self.lora_refs.pop(lora_ref.lora_id, None)
+        if known is None:
+            return self.create_lora_update_result(success=False, error_message=f"LoRA adapter {lora_ref.lora_name!r} is not loaded.")
+        self.memory_pool.remove(known.lora_id)
+        del self.shards[known.lora_id]
+        self.num_pinned_loras -= int(bool(known.pinned))
+        return self.create_lora_update_result(success=True)
+
+    # Batches
+
+    def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
+        """Whether requests for these adapters (None: the base model) can run in one batch beside the pinned ones."""
+        if len(lora_ids) > self.max_loras_per_batch:
+            return False
+        return self.memory_pool.fits([self.shards[uid] for uid in (lora_ids - {None}) | self._pinned()])
+
+    def fetch_new_loras(self, new_loras: set[str | None], running_loras: frozenset[str | None] = frozenset()) -> None:
+        """Make the adapters of the next batch resident."""
+        wanted = (new_loras | running_loras) - {None}
+        self.memory_pool.ensure({uid: self.shards[uid] for uid in wanted}, protected=self._pinned())
+
+    def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
+        """Group the batch's rows by adapter, once for all layers."""
+        adapters = [None if uid is None else self.memory_pool.get(uid) for uid in forward_batch.lora_ids]
+        self.lora_backend.set_batch(group_rows(adapters, _rows_per_request(forward_batch), self.device))
+
+    def _pinned(self) -> set[str]:
+        return {uid for uid, ref in self.lora_refs.items() if ref.pinned}
+
+
+def _rows_per_request(forward_batch: ForwardBatch) -> list[int]:
+    if forward_batch.forward_mode.is_extend():
+        return list(forward_batch.extend_seq_lens_cpu)
+    return [1] * forward_batch.batch_size
+
+
+def refuse_unsupported(server_args) -> None:
+    """End the process when an option would make LoRA wrong; names the option and the way out."""
+    for option, given, why in (
+        ("--pp-size", server_args.pp_size > 1, "pipeline parallelism"),
+        ("--enable-dp-attention", server_args.enable_dp_attention, "data-parallel attention"),
+        ("--speculative-algorithm", server_args.speculative_algorithm is not None, "speculative decoding"),
+        ("--enable-lora-overlap-loading", server_args.enable_lora_overlap_loading, "overlapped loading"),
+    ):
+        if given:
+            raise SystemExit(
+                f"sgl-bdlora: {option} ({why}) does not work with --lora-backend bdlora yet. "
+                "Leave it out, or serve with --lora-backend csgmv."
+            )

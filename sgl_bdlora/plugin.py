@@ -1,0 +1,114 @@
+"""The SGLang plugin: checks the host, registers hooks, says so in one line. The only file that names HookRegistry.
+
+SGLang calls `register` in the launcher and in every process it starts (sglang/srt/plugins/__init__.py:load_plugins). Its loader
+logs a plugin's exceptions and carries on unpatched, so everything that must not be ignored raises SystemExit here.
+"""
+
+import logging
+import os
+
+from sgl_bdlora import config, cpu
+
+logger = logging.getLogger(__name__)
+
+_targets: list[str] = []
+
+
+def register() -> None:
+    """Entry point of group `sglang.srt.plugins`."""
+    cpu.prepare_environment()
+    from sgl_bdlora import compat
+
+    compat.require()
+    refuse_environment()
+    _register_backend()
+    _hook("sglang.srt.server_args.ServerArgs.add_cli_args", _after_add_cli_args, "AFTER")
+    _hook("sglang.srt.server_args.ServerArgs.from_cli_args", _before_from_cli_args, "BEFORE")
+    _hook("sglang.srt.server_args.ServerArgs.check_lora_server_args", _before_check_lora_server_args, "BEFORE")
+    _hook("sglang.srt.model_executor.model_runner.ModelRunner.init_lora_manager", _around_init_lora_manager, "AROUND")
+    _hook("sglang.srt.lora.lora_manager.LoRAManager.validate_new_adapter", _before_validate_new_adapter, "BEFORE")
+    cpu.register_hooks(_hook)
+    logger.info("sgl-bdlora: %d hooks on sglang %s", len(_targets), compat.SGLANG_VERSION)
+
+
+def verify_hooks() -> None:
+    """End the process if a hook did not land (SGLang's registry only logs it)."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    missing = [target for target in _targets if target not in HookRegistry._patched]
+    if missing or not _targets:
+        raise SystemExit(f"sgl-bdlora: hooks not in place: {', '.join(missing) or 'all'}; refusing to serve LoRA unpatched.")
+
+
+def refuse_environment() -> None:
+    if os.environ.get("SGLANG_EXPERIMENTAL_LORA_OPTI", "").lower() in ("1", "true", "yes"):
+        raise SystemExit("sgl-bdlora: SGLANG_EXPERIMENTAL_LORA_OPTI replaces the layers that this plugin extends; unset it.")
+
+
+def _hook(target: str, hook, kind: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(target, hook, HookType[kind])
+    _targets.append(target)
+
+
+def _register_backend() -> None:
+    from sglang.srt.lora.backend.lora_registry import register_lora_backend
+    from sglang.srt.server_args import LORA_BACKEND_CHOICES
+
+    @register_lora_backend(config.BACKEND)
+    def create_bdlora_backend():
+        from sgl_bdlora.kernels.backend import BDLoRABackend
+
+        return BDLoRABackend
+
+    if config.BACKEND not in LORA_BACKEND_CHOICES:
+        LORA_BACKEND_CHOICES.append(config.BACKEND)
+
+
+def _after_add_cli_args(result, parser) -> None:
+    config.add_arguments(parser)
+
+
+def _before_from_cli_args(cls, args) -> None:
+    config.capture(args)
+
+
+def _before_check_lora_server_args(server_args) -> None:
+    """SGLang demands a rank limit and target modules without adapters at start; the bdlora pool needs neither."""
+    if server_args.lora_backend != config.BACKEND or not server_args.enable_lora or server_args.lora_paths:
+        return
+    defaults = {}
+    if not server_args.max_lora_rank:
+        defaults["max_lora_rank"] = config.DEFAULT_MAX_RANK
+    if not server_args.lora_target_modules:
+        defaults["lora_target_modules"] = ["all"]
+    if defaults:
+        server_args.override("sgl_bdlora", **defaults)
+
+
+def _around_init_lora_manager(original, runner) -> None:
+    if runner.server_args.lora_backend != config.BACKEND:
+        original(runner)
+        return
+    from sglang.srt.model_executor import model_runner
+
+    from sgl_bdlora.manager import BDLoRAManager
+
+    # The method builds the manager by the name its module imported; lend it ours for this one call.
+    stock = model_runner.LoRAManager
+    model_runner.LoRAManager = BDLoRAManager
+    try:
+        original(runner)
+    finally:
+        model_runner.LoRAManager = stock
+
+
+def _before_validate_new_adapter(manager, lora_config, lora_ref) -> None:
+    """SGLang's own back ends ignore these fields and would silently serve another function."""
+    for field in ("use_bdlora", "use_rslora"):
+        if lora_config.hf_config.get(field):
+            raise ValueError(
+                f"Adapter {lora_ref.lora_name!r}: adapter_config.json has {field}={lora_config.hf_config[field]!r}, which SGLang's own "
+                f"LoRA back ends ignore. Start the server with --lora-backend {config.BACKEND}."
+            )

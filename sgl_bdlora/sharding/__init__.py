@@ -1,0 +1,20 @@
+"""Pure functions: (adapter structure, host layer) -> what one tensor-parallel rank holds. No SGLang import."""
+
+from sgl_bdlora.sharding.host import HostLayer, HostSlice, Span
+from sgl_bdlora.sharding.piece import PieceLayout, layout_for, read_piece
+from sgl_bdlora.sharding.shard import AdapterShard, HostModel, LayerLayout, SliceLayout, layer_views, shard_adapter
+
+__all__ = [
+    "AdapterShard",
+    "HostLayer",
+    "HostModel",
+    "HostSlice",
+    "LayerLayout",
+    "PieceLayout",
+    "SliceLayout",
+    "Span",
+    "layer_views",
+    "layout_for",
+    "read_piece",
+    "shard_adapter",
+]

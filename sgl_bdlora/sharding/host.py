@@ -1,0 +1,73 @@
+"""What a host layer looks like to one tensor-parallel rank.
+
+A host layer computes y = x W^T on this rank with x of `k` columns and y of one or more slices of rows (q, k, v; gate, up).
+Each slice is one module of the adapter, and covers a span of that module's inputs and a span of its outputs.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Parallelism = Literal["column", "row", "replicated"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The half-open range [start, stop) of a dimension of `size` entries."""
+
+    start: int
+    stop: int
+    size: int
+
+    def __post_init__(self):
+        if not 0 <= self.start < self.stop <= self.size:
+            raise ValueError(f"bad span: start {self.start}, stop {self.stop}, size {self.size}")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @classmethod
+    def whole(cls, size: int) -> "Span":
+        return cls(0, size, size)
+
+    @classmethod
+    def shard(cls, shard_size: int, index: int, size: int) -> "Span":
+        """Shard number `index` of equal shards of `shard_size` entries."""
+        return cls(shard_size * index, shard_size * (index + 1), size)
+
+
+@dataclass(frozen=True)
+class HostSlice:
+    """One adapter module inside a host layer, as this rank sees it.
+
+    name: the module's leaf name in the adapter, e.g. "q_proj".
+    inputs: the span of the module's input features that this rank's x holds.
+    outputs: the span of the module's output features that this rank's y holds. Ranks that repeat a kv head share a span.
+    y_start: where these outputs begin among the columns of the host layer's local output.
+    """
+
+    name: str
+    inputs: Span
+    outputs: Span
+    y_start: int
+
+
+@dataclass(frozen=True)
+class HostLayer:
+    """A linear layer of the served model on one rank.
+
+    path: module path in the served model, e.g. "model.layers.0.self_attn.qkv_proj".
+    parallelism: "column" (split on outputs), "row" (split on inputs, partial sums reduced by the host) or "replicated".
+    slices: in the order of the local output's columns. All slices share the same inputs.
+    """
+
+    path: str
+    parallelism: Parallelism
+    slices: tuple[HostSlice, ...]
+
+    @property
+    def parent(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    def module_path(self, piece: HostSlice) -> str:
+        """The adapter's path of a slice, e.g. "model.layers.0.self_attn.q_proj"."""
+        return f"{self.parent}.{piece.name}" if self.parent else piece.name

@@ -1,0 +1,123 @@
+"""The local piece of a low-rank update.
+
+The update of a module is dW = s B A with A (r, in) and B (out, r). Rank t of a host layer holds the inputs [i0, i1) and the
+outputs [o0, o1); it needs dW[o0:o1, i0:i1] = s B[o0:o1, :] A[:, i0:i1]. A row of A (a column of B) contributes only if it is not
+zero there, so a block-diagonal factor leaves the rank only the rows of the blocks that overlap its span:
+
+    column-parallel, B of nb blocks, T ranks: rows of A held = r * (overlapped blocks) / nb = r / min(nb, T) for even splits
+    row-parallel,    A of nb blocks, T ranks: the same, by the overlap of inputs
+
+Nothing here depends on the rank's number or on T: spans come from the host layer, so kv-head replication, nb < T, nb = T and
+nb > T are the same case. Column-parallel outputs of the ranks are disjoint; row-parallel partial sums are added by the host's
+own all-reduce. Hence no collective. Source: arXiv 2510.23346, section 3; packed layout: PEFT 0.21 `use_bdlora`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from sgl_bdlora.adapters.check import check_features
+from sgl_bdlora.adapters.errors import AdapterError
+from sgl_bdlora.adapters.format import Factor, LoRAModule
+from sgl_bdlora.sharding.host import HostSlice, Parallelism, Span
+
+
+@dataclass(frozen=True)
+class PieceLayout:
+    """Shapes of a local piece, before any weight is read.
+
+    ranks: the span of the adapter's rank rows that this host slice needs; its length is the local rank.
+    blocks_a, blocks_b: diagonal blocks left in the local factors. A factor with n > 1 blocks is stored packed:
+        A (local rank, inputs / n), B (outputs, local rank / n), blocks stacked on dim 0.
+    """
+
+    ranks: Span
+    inputs: Span
+    outputs: Span
+    blocks_a: int
+    blocks_b: int
+
+    @property
+    def local_rank(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def shape_a(self) -> tuple[int, int]:
+        return self.local_rank, len(self.inputs) // self.blocks_a
+
+    @property
+    def shape_b(self) -> tuple[int, int]:
+        return len(self.outputs), self.local_rank // self.blocks_b
+
+    @property
+    def numel(self) -> int:
+        (ra, ka), (nb, rb) = self.shape_a, self.shape_b
+        return ra * ka + nb * rb
+
+
+def layout_for(adapter: str, module: LoRAModule, parallelism: Parallelism, host: HostSlice) -> PieceLayout:
+    """The local layout of `module` in `host`.
+
+    Raises AdapterError when the module's shape is not the host's, or when a block-diagonal factor is on the side that the host
+    layer does not split (the rank would need the whole factor, and nothing would be saved).
+    """
+    check_features(adapter, module, host.inputs.size, host.outputs.size)
+    _check_side(adapter, module, parallelism)
+    if module.b.blocks > 1:
+        ranks, blocks = _overlap(module.rank, module.b.blocks, host.outputs)
+        return PieceLayout(ranks, host.inputs, host.outputs, 1, blocks)
+    if module.a.blocks > 1:
+        ranks, blocks = _overlap(module.rank, module.a.blocks, host.inputs)
+        return PieceLayout(ranks, host.inputs, host.outputs, blocks, 1)
+    return PieceLayout(Span.whole(module.rank), host.inputs, host.outputs, 1, 1)
+
+
+def read_piece(module: LoRAModule, layout: PieceLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read from storage just the local (A, B) that `layout` names: shapes layout.shape_a and layout.shape_b, stored dtype."""
+    a = _read_factor(module.a, layout.ranks, layout.inputs, layout.blocks_a)
+    b = _read_factor(module.b, layout.outputs, layout.ranks, layout.blocks_b)
+    return a, b
+
+
+def _overlap(rank: int, nblocks: int, span: Span) -> tuple[Span, int]:
+    """Rank rows of the blocks that `span` touches, and how many equal diagonal blocks they form there.
+
+    A span that cuts several blocks unevenly (nblocks and T with no common grid) is kept as one zero-padded block.
+    """
+    width, rank_block = span.size // nblocks, rank // nblocks
+    first, last = span.start // width, -(-span.stop // width)
+    whole_blocks = span.start % width == 0 and span.stop % width == 0
+    return Span(first * rank_block, last * rank_block, rank), (last - first if whole_blocks else 1)
+
+
+def _read_factor(factor: Factor, rows: Span, cols: Span, local_blocks: int) -> torch.Tensor:
+    """Rows x cols of the dense factor; packed again if `local_blocks` > 1."""
+    if factor.blocks == 1:
+        return factor.tensor[rows.start : rows.stop, cols.start : cols.stop]
+    row_width, col_width = rows.size // factor.blocks, cols.size // factor.blocks
+    if local_blocks > 1:
+        return factor.tensor[rows.start : rows.stop, 0:col_width]
+    dense = None
+    for block in range(factor.blocks):
+        r0, r1 = max(rows.start, block * row_width), min(rows.stop, (block + 1) * row_width)
+        c0, c1 = max(cols.start, block * col_width), min(cols.stop, (block + 1) * col_width)
+        if r0 >= r1 or c0 >= c1:
+            continue
+        part = factor.tensor[r0:r1, c0 - block * col_width : c1 - block * col_width]
+        if dense is None:
+            dense = torch.zeros(len(rows), len(cols), dtype=part.dtype)
+        dense[r0 - rows.start : r1 - rows.start, c0 - cols.start : c1 - cols.start] = part
+    return dense
+
+
+def _check_side(adapter: str, module: LoRAModule, parallelism: Parallelism) -> None:
+    sides = {"column": ("A", module.a, "target_modules_bd_b"), "row": ("B", module.b, "target_modules_bd_a")}
+    side, factor, field = sides.get(parallelism, ("", None, ""))
+    if factor is None or factor.blocks == 1:
+        return
+    raise AdapterError(
+        adapter,
+        f"module {module.path!r} has a block-diagonal lora_{side} (nblocks = {factor.blocks}), but its layer is "
+        f"{parallelism}-parallel, where the other factor has to be block-diagonal",
+        f"list the module in use_bdlora.{field} and train again, or convert the adapter to plain LoRA",
+    )

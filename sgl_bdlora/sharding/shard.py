@@ -1,0 +1,158 @@
+"""An adapter's weights for one rank: every host layer's pieces in one flat host tensor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sgl_bdlora.adapters.check import check_finite
+from sgl_bdlora.adapters.errors import AdapterError
+from sgl_bdlora.adapters.format import Adapter, LoRAModule
+from sgl_bdlora.sharding.host import HostLayer
+from sgl_bdlora.sharding.piece import PieceLayout, layout_for, read_piece
+
+
+@dataclass(frozen=True)
+class SliceLayout:
+    """One slice's piece inside a layer's block of weights.
+
+    a_start: first of this slice's rows in the layer's stacked A (sum of local ranks, inputs / blocks_a).
+    b_offset: element offset of this slice's B in the layer's block. y_start: first output column.
+    """
+
+    piece: PieceLayout
+    scale: float
+    a_start: int
+    b_offset: int
+    y_start: int
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """The weights of one host layer for one adapter, one contiguous block of `numel` elements: stacked A, then every slice's B."""
+
+    slices: tuple[SliceLayout, ...]
+    rows_a: int
+    width_a: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class AdapterShard:
+    """An adapter on one rank.
+
+    layers: host layer path -> layout. offsets: host layer path -> where its block starts in `weights`.
+    weights: 1-D host tensor in the pool's dtype, pinned when a GPU will copy from it.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    nblocks: int
+    layers: Mapping[str, LayerLayout]
+    offsets: Mapping[str, int]
+    weights: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights.nbytes
+
+    @property
+    def local_rank(self) -> int:
+        """The largest rank that a slice keeps on this GPU."""
+        return max(s.piece.local_rank for layer in self.layers.values() for s in layer.slices)
+
+
+class HostModel:
+    """The served model's adaptable layers on this rank, looked up by an adapter's module paths."""
+
+    def __init__(self, layers: list[HostLayer]):
+        self.layers = {layer.path: layer for layer in layers}
+        self._by_module = {layer.module_path(s): (layer, s) for layer in layers for s in layer.slices}
+        self._by_tail: dict[str, list[str]] = {}
+        for path in self._by_module:
+            self._by_tail.setdefault(_tail(path), []).append(path)
+
+    def find(self, adapter: str, module: LoRAModule):
+        """(host layer, slice) of an adapter's module.
+
+        Paths are compared whole, then from "layers.<n>." on, because a multimodal wrapper prefixes the same decoder differently
+        in Transformers and in SGLang. Raises AdapterError when the model has no such layer.
+        """
+        if module.path in self._by_module:
+            return self._by_module[module.path]
+        candidates = self._by_tail.get(_tail(module.path), [])
+        if len(candidates) == 1:
+            return self._by_module[candidates[0]]
+        leaves = sorted({s.name for layer in self.layers.values() for s in layer.slices})
+        raise AdapterError(
+            adapter,
+            f"it targets {module.path!r}, but the server has no layer of that name that takes LoRA (it has {', '.join(leaves)})",
+            "serve the base model that the adapter was trained on, and name the module in --lora-target-modules",
+        )
+
+
+def shard_adapter(adapter: Adapter, host: HostModel, dtype: torch.dtype, pin: bool = False) -> AdapterShard:
+    """Read this rank's pieces of `adapter` into one flat host tensor.
+
+    Raises AdapterError for unknown modules, shapes of another model, wrongly sided factors and weights that are not finite.
+    """
+    layers, plan = _plan(adapter, host)
+    offsets, total = {}, 0
+    for path, layer in layers.items():
+        offsets[path] = total
+        total += layer.numel
+    weights = torch.zeros(total, dtype=dtype, pin_memory=pin)
+    for path, modules in plan.items():
+        block = weights[offsets[path] : offsets[path] + layers[path].numel]
+        for module, layout in zip(modules, layers[path].slices, strict=True):
+            _fill(adapter.name, block, layers[path], module, layout)
+    return AdapterShard(adapter.name, adapter.kind, adapter.rank, adapter.nblocks, layers, offsets, weights)
+
+
+def layer_views(block: torch.Tensor, layer: LayerLayout) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A (rows_a, width_a) and every slice's B (outputs, local rank / blocks_b) as views of a layer's block."""
+    a = block[: layer.rows_a * layer.width_a].view(layer.rows_a, layer.width_a)
+    bs = [
+        block[s.b_offset : s.b_offset + s.piece.shape_b[0] * s.piece.shape_b[1]].view(s.piece.shape_b) for s in layer.slices
+    ]
+    return a, bs
+
+
+def _plan(adapter: Adapter, host: HostModel) -> tuple[dict[str, LayerLayout], dict[str, list[LoRAModule]]]:
+    """Layouts by host layer, and the adapter modules behind each layout's slices, in the same order."""
+    found: dict[str, list] = {}
+    for module in adapter.modules.values():
+        layer, piece = host.find(adapter.name, module)
+        found.setdefault(layer.path, []).append((piece.y_start, module, layout_for(adapter.name, module, layer.parallelism, piece)))
+    layouts, modules = {}, {}
+    for path in sorted(found):
+        entries = sorted(found[path], key=lambda entry: entry[0])
+        modules[path] = [module for _, module, _ in entries]
+        layouts[path] = _layer_layout([(y_start, module.scale, layout) for y_start, module, layout in entries])
+    return layouts, modules
+
+
+def _layer_layout(entries: list[tuple[int, float, PieceLayout]]) -> LayerLayout:
+    rows_a = sum(layout.local_rank for _, _, layout in entries)
+    width_a = entries[0][2].shape_a[1]
+    slices, row, offset = [], 0, rows_a * width_a
+    for y_start, scale, layout in entries:
+        slices.append(SliceLayout(layout, scale, row, offset, y_start))
+        row += layout.local_rank
+        offset += layout.shape_b[0] * layout.shape_b[1]
+    return LayerLayout(tuple(slices), rows_a, width_a, offset)
+
+
+def _fill(adapter: str, block: torch.Tensor, layer: LayerLayout, module: LoRAModule, layout: SliceLayout) -> None:
+    a, b = read_piece(module, layout.piece)
+    check_finite(adapter, module.a.tensor.key, a)
+    check_finite(adapter, module.b.tensor.key, b)
+    stacked, _ = layer_views(block, layer)
+    stacked[layout.a_start : layout.a_start + layout.piece.local_rank].copy_(a)
+    block[layout.b_offset : layout.b_offset + b.numel()].copy_(b.reshape(-1))
+
+
+def _tail(path: str) -> str:
+    head, found, rest = path.partition("layers.")
+    return found + rest if found else path
