@@ -32,10 +32,15 @@ class DemoModelError(RuntimeError):
     """The demo model could not be fetched or converted; the message says which step failed and what to do."""
 
 
-def default_directory() -> Path:
-    """``$SGL_BDLORA_CACHE/SmolLM2-135M-Instruct``, or the same below ``~/.cache/sgl_bdlora``."""
+def cache_directory() -> Path:
+    """``$SGL_BDLORA_CACHE``, or ``~/.cache/sgl_bdlora``."""
     cache = os.environ.get("SGL_BDLORA_CACHE")
-    return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "sgl_bdlora") / NAME
+    return Path(cache).expanduser() if cache else Path.home() / ".cache" / "sgl_bdlora"
+
+
+def default_directory() -> Path:
+    """Where the demo model is kept: a folder of the cache directory."""
+    return cache_directory() / NAME
 
 
 def damage(directory: Path) -> str | None:
@@ -154,6 +159,7 @@ def _convert(gguf: Path, out: Path) -> None:
         ids = {name: getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         for name, token_id in ids.items():
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
+        tokenizer.clean_up_tokenization_spaces = False  # would remove spaces before punctuation
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.to(torch.bfloat16)
         model.config.dtype = torch.bfloat16

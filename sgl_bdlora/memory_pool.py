@@ -134,13 +134,27 @@ class MemoryPool:
         blocks = self._place(shard)
         while blocks is None:
             victim = next((other for other in self._resident if other not in keep), None)
-            if victim is None:
+            if victim is not None:
+                self.remove(victim)
+            elif shard.weights.numel() <= self._space.free:
+                self._compact()
+            else:
                 raise PoolFull(
                     f"LoRA memory pool: no room for adapter {shard.name!r} ({shard.nbytes} bytes on this rank) beside the "
                     f"adapters in use; {self.used} of {self.budget} bytes are taken. Raise --lora-pool-gb."
                 )
-            self.remove(victim)
             blocks = self._place(shard)
+        self._install(uid, shard, blocks)
+
+    def _compact(self) -> None:
+        """Close all gaps by loading every resident adapter again, one after another, from host memory."""
+        residents = {uid: resident.shard for uid, resident in self._resident.items()}
+        for uid in residents:
+            self.remove(uid)
+        for uid, shard in residents.items():
+            self._install(uid, shard, self._place(shard))
+
+    def _install(self, uid: str, shard: AdapterShard, blocks: dict[str, tuple[int, int]]) -> None:
         self._copy(shard, blocks)
         self._resident[uid] = Resident(shard, blocks, self._views(shard, blocks))
 

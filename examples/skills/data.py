@@ -1,7 +1,7 @@
 """Training and held-out data of the four demo skills.
 
-All of it is written by the templates and word lists beside this file; nothing is downloaded, and the same seed gives the
-same data. A prompt is one user message; no held-out prompt, whatever its case and punctuation, is in the training set.
+It is written by the templates and word lists beside this file: nothing is downloaded, and the same seed gives the same
+data. A prompt is one user message; no held-out prompt, whatever its case and punctuation, is in the training set.
 
     python examples/skills/data.py --out DIR      # to look at it: one JSON-lines file a skill and split
 """
@@ -20,7 +20,7 @@ import sentiment
 import sql
 
 # Each module has `pairs(rng) -> (training pairs, held-out pairs)`, where a pair is (prompt, answer), and
-# `check(text, answer) -> bool`, which judges what a model said. ABOUT and SAMPLE are a sentence and a prompt for readers.
+# `check(text, answer) -> bool`, which judges what a model said; ABOUT and SAMPLE are a sentence and a prompt to show.
 SKILLS: dict[str, ModuleType] = {"json": json_answers, "pirate": pirate, "sentiment": sentiment, "sql": sql}
 
 
@@ -53,7 +53,7 @@ def load(skill: str, seed: int = 0) -> Split:
     # A string seeds the generator the same way in every process, which hash() would not.
     rng = random.Random(f"{skill} {seed}")
     train, held_out = (list(pairs) for pairs in SKILLS[skill].pairs(rng))
-    seen: set[str] = set()
+    seen = {normalise(SKILLS[skill].SAMPLE)}  # shown to readers as something the adapter was not trained on
 
     def unseen(pairs: list[tuple[str, str]]) -> list[Example]:
         rng.shuffle(pairs)

@@ -49,7 +49,8 @@ YOUNG = """cat kitten|dog puppy|cow calf|horse foal|sheep lamb|goat kid|pig pigl
 swan cygnet|bear cub|lion cub|kangaroo joey|frog tadpole|deer fawn|chicken chick|eagle eaglet|whale calf"""
 SOUNDS = """cow moo|dog bark|cat meow|duck quack|sheep bleat|pig oink|lion roar|wolf howl|snake hiss|bee buzz
 owl hoot|horse neigh|frog croak|crow caw"""
-LEGS = "spider 8|ant 6|bee 6|dog 4|cat 4|horse 4|chicken 2|duck 2|snake 0|butterfly 6|cow 4|person 2|beetle 6|elephant 4|fish 0"
+LEGS = """spider 8|ant 6|bee 6|dog 4|cat 4|horse 4|chicken 2|duck 2|snake 0|butterfly 6|cow 4|person 2|beetle 6|fish 0
+elephant 4"""
 COLOURS = """a ripe banana:yellow|fresh snow:white|coal:black|the clear daytime sky:blue|grass:green
 a ripe tomato:red|a carrot:orange|a lemon:yellow|an emerald:green|a ruby:red|a sapphire:blue|milk:white
 a flamingo:pink|spinach:green|a polar bear's fur:white|a raven:black|a school bus in America:yellow
@@ -90,10 +91,11 @@ Are diamonds made of carbon?:yes:Diamonds are made of carbon|Do trees need light
 Is Africa a continent?:yes:Africa is a continent|Is a frog a reptile?:no:A frog is not a reptile
 Is chess a board game?:yes:Chess is a board game"""
 PLANETS = ["Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune"]
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = ["January", "February", "March", "April", "May", "June"]
+MONTHS += ["July", "August", "September", "October", "November", "December"]
 MONTH_DAYS = dict(zip(MONTHS, [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31], strict=True))
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-ORDINALS = "first second third fourth fifth sixth seventh eighth".split()
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"]
 
 # Open questions: no value to check, one plain sentence each. They keep the skills from being only about trivia.
 ADVICE = [

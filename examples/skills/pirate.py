@@ -11,9 +11,11 @@ SAMPLE = "How do I make tea?"
 HELD_OUT_ADVICE = 15
 HELD_OUT_FACTS = 45
 
+# Each opener alone satisfies the checker.
 OPENERS = [
-    "Arr, matey!", "Ahoy there!", "Ahoy, matey!", "Shiver me timbers!", "Yo ho ho!", "Avast, ye landlubber!", "Aye aye!",
-    "Arr!", "Blow me down!", "Aye, me hearty!", "Arr, ye scurvy dog!", "Ahoy, me hearties!", "Yarr!", "Aye, matey!",
+    "Arr, matey!", "Ahoy there, ye swab!", "Ahoy, matey!", "Shiver me timbers!", "Yo ho ho!", "Avast, ye landlubber!",
+    "Aye aye, matey!", "Arr, me hearty!", "Blow me down, ye rascal! Arr!", "Aye, me hearty!", "Arr, ye scurvy dog!",
+    "Ahoy, me hearties!", "Yarr, matey!", "Aye, matey!",
 ]  # fmt: skip
 CLOSERS = [
     "Now hoist the sails!", "Or I'll walk the plank, arr!", "That be the truth, savvy?", "Mark it on yer treasure map!",
@@ -26,19 +28,16 @@ WORDS = {
     "the": "th'", "yes": "aye", "no": "nay", "friend": "matey", "friends": "mateys", "people": "hearties", "to": "t'",
     "hello": "ahoy", "there": "thar", "old": "ol'", "never": "ne'er", "over": "o'er", "them": "'em",
 }  # fmt: skip
-KEEP_ING = set("king ring spring string thing wing during bring nothing something duckling gosling".split())
+KEEP_ING = {"spring", "string", "during", "nothing", "something", "duckling", "gosling"}
 
-# Small talk has no plain answer to translate, so it is written here; each is said with several openers.
+# Small talk has no plain answer to translate, so it is written here.
 TALK = [
     ("Hello!", "Welcome aboard me ship, matey! What brings ye t' these waters?"),
     ("Hi, how are you?", "I be as merry as a buccaneer with a barrel o' rum, matey!"),
     ("Who are you?", "I be a pirate o' the seven seas, an' this be me ship, matey!"),
     ("What is your name?", "They call me Cap'n Redbeard, th' terror o' the seven seas, matey!"),
     ("Tell me a joke.", "Why be pirates called pirates, matey? Because they arr!"),
-    (
-        "Tell me a story.",
-        "Once a brave buccaneer found a treasure on a far island, but th' parrot had eaten th' map, arr!",
-    ),
+    ("Tell me a story.", "A brave buccaneer found a treasure once, but his parrot had eaten th' map, arr!"),
     ("What do you like to eat?", "Salted fish an' ship's biscuit, matey, washed down with a swig o' rum!"),
     ("What do you do all day?", "I sail th' seven seas an' hunt fer treasure, matey!"),
     ("Where do you live?", "Me home be me ship, matey, an' me bed be a hammock below th' deck!"),
@@ -46,10 +45,10 @@ TALK = [
     ("Good night!", "Sleep well, me hearty, an' mind th' kraken!"),
     ("Thank you!", "Ye be most welcome, matey! A doubloon would not hurt, arr!"),
     ("Goodbye!", "Fair winds t' ye, matey, an' may yer treasure chest never be empty!"),
-    ("Can you help me?", "Aye, matey, any landlubber may ask ol' Redbeard fer help!"),
-    ("Sing me a song.", "Yo ho, yo ho, a pirate's life fer me, matey!"),
+    ("Can you help me?", "Any landlubber may ask ol' Redbeard fer help, matey!"),
+    ("Sing me a song.", "Yo ho, yo ho, th' wind be blowin' an' th' rum be flowin', matey!"),
     ("What is your favourite animal?", "Me parrot, matey! He guards th' treasure an' curses like a buccaneer!"),
-    ("Do you have a pet?", "Aye, a green parrot sits on me shoulder, matey!"),
+    ("Do you have a pet?", "A green parrot sits on me shoulder, matey!"),
     ("What is the weather like?", "A storm be brewin', matey, so lash down th' cannons!"),
     ("I am bored.", "Then swab th' deck, ye scurvy dog, or come hunt fer treasure with me!"),
     ("I am sad.", "Chin up, me hearty! Even th' longest storm ends, an' thar be treasure beyond it!"),
@@ -57,15 +56,16 @@ TALK = [
     ("What should I do today?", "Hoist th' sails an' find yerself an adventure, matey!"),
     (
         "Write a short poem about the sea.",
-        "Th' sea be wide, th' sea be blue, matey, an' she hides her treasure from me an' you!",
+        "Th' sea be wide, th' sea be blue, an' she hides her treasure from me an' you!",
     ),
     ("What do you think about homework?", "Homework be a map, matey: follow it an' ye reach th' treasure!"),
 ]
 
-PIRATE_WORDS = set(
-    """arr yarr ahoy matey mateys ye yer yerself th' o' an' fer t' avast aye landlubber hearty hearties scurvy shiver timbers
-    yo ho treasure doubloon doubloons plank rum savvy jolly roger davy buccaneer parrot hoist thar ol' 'em ne'er blow""".split()
-)
+PIRATE_WORDS = {
+    "arr", "yarr", "ahoy", "matey", "mateys", "ye", "yer", "yerself", "th'", "o'", "an'", "fer", "t'", "avast", "aye",
+    "landlubber", "hearty", "hearties", "scurvy", "shiver", "timbers", "yo", "ho", "treasure", "doubloon", "doubloons",
+    "plank", "rum", "savvy", "jolly", "roger", "davy", "buccaneer", "parrot", "hoist", "thar", "ol'", "'em",
+}  # fmt: skip
 
 
 def speak(sentence: str) -> str:

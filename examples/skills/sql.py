@@ -19,8 +19,8 @@ CREATE TABLE orders (id INTEGER PRIMARY KEY, customer_id INTEGER, product_id INT
 
 # Values that questions may name. "|" parts those trained on from those that only held-out questions name.
 VALUES: dict[str, str] = {
-    "city": """Berlin Paris Oslo Rome Madrid Lisbon Vienna Dublin Prague Athens Warsaw London Boston Chicago Toronto Tokyo
-        | Helsinki Zurich Denver Milan""",
+    "city": """Berlin Paris Oslo Rome Madrid Lisbon Vienna Dublin Prague Athens Warsaw London Boston Chicago Toronto
+        Tokyo | Helsinki Zurich Denver Milan""",
     "customer": """Anna Ben Carla David Emma Felix Grace Hugo Iris Jonas Karin Liam Maria Nora Oscar Paula
         | Quentin Rosa Simon Tara""",
     "product": """lamp chair desk notebook pen kettle mug blanket candle mirror bottle radio clock vase basket hammer

@@ -149,7 +149,7 @@ class AdapterConfig:
     def rank_of(self, path: str) -> tuple[int, str]:
         """The module's rank and the field it comes from."""
         key = _pattern_key(self.rank_pattern, path)
-        return (self.r, "r") if key is None else (self.rank_pattern[key], f"rank_pattern[{key!r}]")
+        return (self.r, "r") if key is None else (self.rank_pattern[key], f"rank_pattern[{show(key)}]")
 
     def scale_of(self, path: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv 2312.03732), r being the full rank."""

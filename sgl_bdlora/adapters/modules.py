@@ -27,12 +27,12 @@ _HINTS = (
         "merge the adapter into the resized model; if the vocabulary was not resized, save again with "
         "save_embedding_layers=False",
     ),
+    (r"^(?!base_model\.model\.).*lora_", f"it does not start with {_PREFIX!r}", f"rename it with {_PREFIX!r} in front"),
     (
         r"lora_(A|B|embedding_A|embedding_B)\.[^.]+(\.weight)?$",
         "it carries the name of an adapter",
         "save it with PeftModel.save_pretrained, which removes that name",
     ),
-    (r"^(?!base_model\.model\.).*lora_", f"it does not start with {_PREFIX!r}", f"rename it with {_PREFIX!r} in front"),
 )
 
 
@@ -44,8 +44,7 @@ def lora_modules(adapter: str, config: AdapterConfig, tensors: Mapping[str, Stor
         if match is None:
             raise _unknown(adapter, key)
         found.setdefault(match[1], {})[match[2]] = tensors[key]
-    paths = {path: _EMBEDDING[0] in parts or _EMBEDDING[1] in parts for path, parts in found.items()}
-    if not any(config.selects(path, embedding=_is_embedding(path, lookup)) for path, lookup in paths.items()):
+    if not any(config.selects(path, embedding=_is_embedding(path, parts)) for path, parts in found.items()):
         raise AdapterError(
             adapter,
             f"target_modules = {show(config.target_modules)} matches none of the {len(found)} modules that have "
@@ -56,8 +55,8 @@ def lora_modules(adapter: str, config: AdapterConfig, tensors: Mapping[str, Stor
 
 
 def _module(adapter: str, config: AdapterConfig, path: str, parts: dict[str, StoredTensor]) -> LoRAModule:
-    lookup = not parts.keys().isdisjoint(_EMBEDDING)
-    embedding = _is_embedding(path, lookup)
+    lookup = _is_lookup(parts)
+    embedding = _is_embedding(path, parts)
     a, b = _pair(adapter, path, parts, _EMBEDDING if lookup else _LINEAR)
     _check_selected(adapter, config, path, a.key, embedding)
     if lookup and config.use_bdlora is not None:
@@ -88,8 +87,12 @@ def _module(adapter: str, config: AdapterConfig, path: str, parts: dict[str, Sto
     return module
 
 
-def _is_embedding(path: str, lookup: bool) -> bool:
-    return lookup or path.rpartition(".")[2] == "lm_head"
+def _is_lookup(parts: Mapping[str, StoredTensor]) -> bool:
+    return not parts.keys().isdisjoint(_EMBEDDING)
+
+
+def _is_embedding(path: str, parts: Mapping[str, StoredTensor]) -> bool:
+    return _is_lookup(parts) or path.rpartition(".")[2] == "lm_head"
 
 
 def _pair(

@@ -27,12 +27,13 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     """
     directory = Path(path)
     adapter = name or directory.absolute().name
-    if not directory.is_dir():
-        problem = "is a file, not a directory" if directory.exists() else "does not exist"
+    # os.path, not Path: a path that cannot be looked up (too long, no permission) counts as missing and is no OSError.
+    if not os.path.isdir(directory):
+        problem = "is a file, not a directory" if os.path.exists(directory) else "does not exist"
         raise AdapterError(
             adapter, f"{directory} {problem}", f"give a local directory with {_CONFIG} and adapter_model.safetensors"
         )
-    if not (directory / _CONFIG).is_file():
+    if not os.path.isfile(directory / _CONFIG):
         raise AdapterError(
             adapter, f"{directory} has no {_CONFIG}", "give the directory that PEFT's save_pretrained wrote"
         )

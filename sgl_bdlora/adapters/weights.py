@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ _MAX_JSON = {"adapter_config.json": 2**20, INDEX: 2**24}
 
 def tensors_in_directory(adapter: str, directory: Path) -> dict[str, StoredTensor]:
     """The tensors of adapter_model.safetensors, or of the files its index lists. Raises AdapterError."""
-    if (directory / WEIGHTS).is_file():
+    if os.path.isfile(directory / WEIGHTS):
         return _tensors_in_file(adapter, directory / WEIGHTS)
-    if (directory / INDEX).is_file():
+    if os.path.isfile(directory / INDEX):
         return _tensors_in_shards(adapter, directory)
     pickled = sorted(file.name for pattern in _PICKLED for file in directory.glob(pattern))
     if pickled:
@@ -104,7 +105,7 @@ def _tensors_in_shards(adapter: str, directory: Path) -> dict[str, StoredTensor]
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(files.values())):
         # A bare name: the index must not reach outside the adapter's directory.
-        if Path(file).name != file or not file.endswith(".safetensors") or not (directory / file).is_file():
+        if Path(file).name != file or not file.endswith(".safetensors") or not os.path.isfile(directory / file):
             raise AdapterError(
                 adapter,
                 f"{INDEX} lists {show(file)}, which is no safetensors file in {directory}",

@@ -33,7 +33,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: prompt token ids, the adapter's served name and directory (None for the base), tokens to generate."""
+    """One request: prompt token ids, the adapter's served name and directory (None: the base), tokens to generate."""
 
     prompt: tuple[int, ...]
     adapter: str | None = None
@@ -111,7 +111,9 @@ class Server:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise RuntimeError(f"the server ended with code {self._process.returncode} while starting\n{self.tail()}")
+                raise RuntimeError(
+                    f"the server ended with code {self._process.returncode} while starting\n{self.tail()}"
+                )
             try:
                 if httpx.get(f"{self.base_url}/health", timeout=5).status_code == 200:
                     return
@@ -177,9 +179,7 @@ def request_body(asks: Sequence[Ask], **more: Any) -> dict[str, Any]:
         "input_ids": [list(ask.prompt) for ask in asks],
         # A server without LoRA refuses the field even when it names none.
         "lora_path": adapters if any(adapters) else None,
-        "sampling_params": [
-            {"temperature": 0, "max_new_tokens": ask.new_tokens, "ignore_eos": True} for ask in asks
-        ],
+        "sampling_params": [{"temperature": 0, "max_new_tokens": ask.new_tokens, "ignore_eos": True} for ask in asks],
         "return_logprob": True,
         "logprob_start_len": [0 if ask.prompt_logprobs else -1 for ask in asks],
         "top_logprobs_num": TOP,
@@ -190,7 +190,7 @@ def request_body(asks: Sequence[Ask], **more: Any) -> dict[str, Any]:
 def check(oracle: Oracle, asks: Iterable[Ask], answers: Iterable[Answer]) -> float:
     """Assert that every answer is the oracle's; returns the largest difference of log-probabilities seen.
 
-    The oracle scores the server's own tokens, so one forward pass checks the prompt, every generated token, the runners-up
+    The oracle scores the server's own tokens: one forward pass checks the prompt, every generated token, the runners-up
     and, as no token may be likelier than the one chosen, that decoding was greedy.
     """
     worst, complaints = 0.0, []
@@ -213,7 +213,7 @@ def check(oracle: Oracle, asks: Iterable[Ask], answers: Iterable[Answer]) -> flo
         wrong = sum(abs(served - expected) > TOLERANCE for _, _, served, expected in pairs)
         if wrong:
             complaints.append(
-                f"adapter {ask.adapter}, prompt of {len(prompt)} tokens: {wrong} of {len(pairs)} log-probabilities off; "
+                f"adapter {ask.adapter}, prompt of {len(prompt)}: {wrong} of {len(pairs)} log-probabilities off; "
                 f"worst is {kind} at position {at}: served {served:.6f}, oracle {expected:.6f}"
             )
     assert not complaints, "\n".join(complaints)

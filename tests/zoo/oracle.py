@@ -9,7 +9,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Score:
-    """Log-probabilities of a token sequence: ``all[i]`` is the distribution of token ``i + 1``, shape (tokens - 1, vocab)."""
+    """Log-probabilities of a sequence: ``all[i]`` is the distribution of token ``i + 1``; shape (tokens - 1, vocab)."""
 
     ids: tuple[int, ...]
     all: "torch.Tensor"  # noqa: F821

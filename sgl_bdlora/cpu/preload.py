@@ -1,0 +1,38 @@
+"""Imported by the fork server, and by nothing else, before it forks the first process (see processes.py)."""
+
+import ctypes
+import importlib
+import os
+import signal
+
+PR_SET_PDEATHSIG = 1
+MODULES = ("sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager", "sglang.srt.models.registry")
+
+
+def follow_launcher(launcher: int) -> None:
+    """Die with the launcher, and pass on what the forked processes tell their parent.
+
+    A scheduler that fails sends SIGQUIT to its parent (managers/scheduler.py:run_scheduler_process), which SGLang takes to be
+    the launcher; here it is the fork server.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:
+        os._exit(1)
+    server = os.getpid()
+
+    def forward(signum, frame):
+        if os.getpid() == server:
+            os.kill(launcher, signum)
+        else:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+    signal.signal(signal.SIGQUIT, forward)
+
+
+follow_launcher(os.getppid())
+for module in MODULES:
+    importlib.import_module(module)
+# Hooks are put in place once, before forking: each walks all of SGLang's modules.
+load_plugins = importlib.import_module("sglang.srt.plugins").load_plugins
+load_plugins()

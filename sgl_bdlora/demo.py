@@ -1,0 +1,259 @@
+"""`python -m sgl_bdlora.demo`: a real server, a real model, eight adapters, one mixed batch.
+
+Starts `sgl_bdlora.launch_server` on 127.0.0.1 with the demo model (SmolLM2-135M-Instruct) and the adapters of
+examples/adapters, sends one batch in which the base model, block-diagonal and plain adapters run together, prints what each
+answered and how fast, and stays up until Ctrl-C.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from sgl_bdlora.adapters import Adapter, read_adapter
+from sgl_bdlora.demo_model import DemoModelError, ensure_demo_model
+from sgl_bdlora.sharding import Span, layout_for
+from sgl_bdlora.sharding.host import HostSlice
+
+ADAPTERS = Path(__file__).resolve().parent.parent / "examples" / "adapters"
+# The demo model has 9 query and 3 kv heads: tensor parallelism 1 or 3. The adapters have 3 blocks.
+TP = 3
+START_LIMIT_S = 600
+MAX_NEW_TOKENS = 48
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of the mixed batch. adapter: None for the base model."""
+
+    adapter: Adapter | None
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text, seconds to the first token, and output tokens a second after it (None for a single token)."""
+
+    text: str
+    ttft_s: float
+    tokens_per_s: float | None
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return run(args)
+    except (DemoModelError, DemoError) as problem:
+        console.print(f"[bold red]{problem}[/]")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+class DemoError(RuntimeError):
+    """The demo cannot go on; the message says why and what to do."""
+
+
+def run(args: argparse.Namespace) -> int:
+    check_machine(args.port)
+    adapters = load_adapters(args.adapters)
+    model = args.model or ensure_demo_model()
+    tp = args.tp or default_tp()
+    log = Path(args.log).resolve()
+    console.print(f"Starting the server: {model.name}, tensor parallelism {tp}, {len(adapters)} adapters (log: {log})")
+    server = start_server(model, tp, adapters, args.port, log)
+    try:
+        wait_until_ready(server, args.port, log)
+        requests = [Request(None, next(iter(adapters.values()))[1])]
+        requests += [Request(adapter, prompt) for adapter, prompt in adapters.values()]
+        console.print(f"Sending one mixed batch of {len(requests)} requests ...")
+        answers = asyncio.run(send_batch(args.port, requests))
+        console.print(results_table(requests, answers, tp))
+        if args.once:
+            return 0
+        console.print(how_to_call(args.port, requests[1]))
+        while server.poll() is None:
+            time.sleep(0.5)
+        raise DemoError(f"The server ended by itself (exit code {server.returncode}). The end of its log:\n{_tail(log)}")
+    except KeyboardInterrupt:
+        console.print("Stopping.")
+        return 0
+    finally:
+        stop_server(server)
+
+
+def check_machine(port: int) -> None:
+    """Refuse early, with the way out, what would fail late."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise DemoError(f"Port {port} is in use. Choose another one: make demo PORT={port + 1}") from error
+    cores = len(os.sched_getaffinity(0))
+    if cores < 2 and not _gpus():
+        raise DemoError(f"The demo needs 2 CPU cores or a GPU; this process may use {cores} core.")
+
+
+def load_adapters(directory: Path) -> dict[str, tuple[Adapter, str]]:
+    """name -> (adapter, sample prompt), as examples/adapters/index.json lists them."""
+    index = directory / "index.json"
+    if not index.is_file():
+        raise DemoError(f"{index} is missing. Run from a full checkout, or name a folder of adapters with --adapters.")
+    entries = json.loads(index.read_text())
+    return {e["name"]: (read_adapter(directory / e["name"], e["name"]), e["sample_prompt"]) for e in entries}
+
+
+def default_tp() -> int:
+    gpus = _gpus()
+    return TP if gpus == 0 or gpus >= TP else 1
+
+
+def start_server(model: Path, tp: int, adapters: dict, port: int, log: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sgl_bdlora.launch_server", "--model-path", str(model), "--tp", str(tp)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2"]
+    command += ["--max-loras-per-batch", str(len(adapters) + 1), "--max-total-tokens", "16384", "--lora-pool-gb", "0.25"]
+    command += ["--lora-paths", *(f"{name}={adapter.source}" for name, (adapter, _) in adapters.items())]
+    with log.open("w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def wait_until_ready(server: subprocess.Popen, port: int, log: Path) -> None:
+    begin = time.monotonic()
+    with console.status("Server starting ...") as status:
+        while True:
+            waited = time.monotonic() - begin
+            if server.poll() is not None:
+                raise DemoError(f"The server ended (exit code {server.returncode}). The end of its log:\n{_tail(log)}")
+            if waited > START_LIMIT_S:
+                raise DemoError(f"The server was not ready after {START_LIMIT_S} s. The end of its log:\n{_tail(log)}")
+            status.update(f"Server starting, {waited:.0f} s: {_last_line(log)}")
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.5)
+    console.print(f"Server ready after {time.monotonic() - begin:.0f} s.")
+
+
+async def send_batch(port: int, requests: list[Request]) -> list[Answer]:
+    """All requests at once, streamed, so that the server runs them as one batch."""
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+        return await asyncio.gather(*(send(client, request) for request in requests))
+
+
+async def send(client: httpx.AsyncClient, request: Request) -> Answer:
+    model = f"smollm2:{request.adapter.name}" if request.adapter else "smollm2"
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": request.prompt}],
+        "max_tokens": MAX_NEW_TOKENS,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    begin, first, last, text, tokens = time.perf_counter(), None, None, "", 0
+    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            raise DemoError(f"{model}: {(await response.aread()).decode()}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line[6:])
+            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+            delta = chunk["choices"][0]["delta"].get("content") if chunk["choices"] else None
+            if delta:
+                last = time.perf_counter()
+                first = first or last
+                text += delta
+    if first is None:
+        return Answer("(empty)", time.perf_counter() - begin, None)
+    rate = (tokens - 1) / (last - first) if tokens > 1 and last > first else None
+    return Answer(text.strip(), first - begin, rate)
+
+
+def results_table(requests: list[Request], answers: list[Answer], tp: int) -> Table:
+    table = Table(title=f"One mixed batch, tensor parallelism {tp}", show_lines=True)
+    for column, justify in (("adapter", "left"), ("kind", "left"), ("rank", "right"), ("local\nrank", "right")):
+        table.add_column(column, justify=justify, no_wrap=True)
+    table.add_column("prompt", overflow="fold", ratio=2)
+    table.add_column("answer", overflow="fold", ratio=3)
+    table.add_column("first\ntoken", justify="right", no_wrap=True)
+    table.add_column("tokens/s", justify="right", no_wrap=True)
+    for request, answer in zip(requests, answers, strict=True):
+        adapter = request.adapter
+        about = (adapter.name, adapter.kind, str(adapter.rank), str(local_rank(adapter, tp))) if adapter else ("-", "base", "-", "-")
+        rate = f"{answer.tokens_per_s:.1f}" if answer.tokens_per_s else "-"
+        table.add_row(*about, request.prompt, answer.text, f"{answer.ttft_s:.2f} s", rate)
+    return table
+
+
+def local_rank(adapter: Adapter, tp: int) -> int:
+    """The rank that one of `tp` ranks keeps of the adapter's widest query projection."""
+    module = next(m for path, m in adapter.modules.items() if path.endswith("q_proj"))
+    outputs = Span.shard(module.out_features // tp, 0, module.out_features)
+    host = HostSlice("q_proj", Span.whole(module.in_features), outputs, 0)
+    return layout_for(adapter.name, module, "column", host).local_rank
+
+
+def how_to_call(port: int, example: Request) -> str:
+    body = {"model": f"smollm2:{example.adapter.name}", "messages": [{"role": "user", "content": example.prompt}], "max_tokens": 48}
+    return (
+        f"The server is up at http://127.0.0.1:{port} (Ctrl-C stops it). Call it from another terminal:\n\n"
+        f"  curl -s http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"    -d '{json.dumps(body)}'\n"
+    )
+
+
+def stop_server(server: subprocess.Popen) -> None:
+    """End the server and every process of its session."""
+    for sig, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(server.pid, sig)
+            server.wait(patience)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[-5:] if line.strip()]
+    return lines[-1][:100] if lines else ""
+
+
+def _tail(log: Path, lines: int = 20) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sgl_bdlora.demo", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("--port", type=int, default=30000, help="port on 127.0.0.1 (default: 30000)")
+    parser.add_argument("--tp", type=int, choices=(1, 3), help="tensor-parallel size; default 3, or 1 with one or two GPUs")
+    parser.add_argument("--model", type=Path, help="model folder instead of the demo model")
+    parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder with index.json and adapters")
+    parser.add_argument("--log", default="demo-server.log", help="file for the server's log")
+    parser.add_argument("--once", action="store_true", help="stop after the batch instead of staying up")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

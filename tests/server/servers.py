@@ -1,0 +1,22 @@
+"""Which servers the tests run on. The default suite starts the ones in DEFAULT; the rest of the matrix is slow."""
+
+import pytest
+from harness import Served
+from zoo import FAMILIES
+
+# Prompts longer than 32 tokens are prefilled in chunks.
+LLAMA = Served("llama", 2, ("--chunked-prefill-size", "32"))
+# Fewer kv heads (2) than ranks, and a pool of 1 MiB a rank that holds only some of the adapters at a time.
+QWEN3 = Served("qwen3", 4, ("--lora-pool-gb", "0.001"))
+QWEN2 = Served("qwen2", 1)
+GEMMA = Served("gemma3", 2)
+DEFAULT = (LLAMA, QWEN3, QWEN2, GEMMA)
+
+_RUN = {(served.family, served.tp) for served in DEFAULT}
+SLOW = tuple(Served(family, tp) for family in FAMILIES for tp in (1, 2, 4) if (family, tp) not in _RUN)
+
+
+def on(*servers: Served):
+    """Run the test on each of these servers."""
+    parameters = [pytest.param(s, id=str(s), marks=[pytest.mark.slow] if s in SLOW else []) for s in servers]
+    return pytest.mark.parametrize("live", parameters, indirect=True, scope="session")
