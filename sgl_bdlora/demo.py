@@ -7,6 +7,7 @@ answered and how fast, and stays up until Ctrl-C.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sgl_bdlora.adapters import Adapter, read_adapter
 from sgl_bdlora.demo_model import DemoModelError, ensure_demo_model
@@ -187,18 +190,21 @@ async def send(client: httpx.AsyncClient, request: Request) -> Answer:
 
 
 def results_table(requests: list[Request], answers: list[Answer], tp: int) -> Table:
-    table = Table(title=f"One mixed batch, tensor parallelism {tp}", show_lines=True)
-    for column, justify in (("adapter", "left"), ("kind", "left"), ("rank", "right"), ("local\nrank", "right")):
-        table.add_column(column, justify=justify, no_wrap=True)
-    table.add_column("prompt", overflow="fold", ratio=2)
-    table.add_column("answer", overflow="fold", ratio=3)
+    table = Table(title=f"One mixed batch, tensor parallelism {tp}", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("adapter", no_wrap=True)
+    table.add_column("rank", justify="right")
+    table.add_column("local", justify="right")
+    table.add_column("prompt and answer", overflow="fold", ratio=1)
     table.add_column("first\ntoken", justify="right", no_wrap=True)
-    table.add_column("tokens/s", justify="right", no_wrap=True)
+    table.add_column("tokens\n/ s", justify="right", no_wrap=True)
     for request, answer in zip(requests, answers, strict=True):
         adapter = request.adapter
-        about = (adapter.name, adapter.kind, str(adapter.rank), str(local_rank(adapter, tp))) if adapter else ("-", "base", "-", "-")
+        name, kind = (adapter.name, adapter.kind) if adapter else ("(none)", "base model")
+        ranks = (str(adapter.rank), str(local_rank(adapter, tp))) if adapter else ("-", "-")
         rate = f"{answer.tokens_per_s:.1f}" if answer.tokens_per_s else "-"
-        table.add_row(*about, request.prompt, answer.text, f"{answer.ttft_s:.2f} s", rate)
+        words = Text.assemble((request.prompt, "dim"), "\n", answer.text, "\n")
+        table.add_row(Text.assemble(name, "\n", (kind, "dim")), *ranks, words, f"{answer.ttft_s:.2f} s", rate)
+    table.caption = "rank: as trained; local: what one rank of the server holds and computes"
     return table
 
 
@@ -220,13 +226,13 @@ def how_to_call(port: int, example: Request) -> str:
 
 
 def stop_server(server: subprocess.Popen) -> None:
-    """End the server and every process of its session."""
-    for sig, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-        try:
-            os.killpg(server.pid, sig)
-            server.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+    """Let the server end its processes itself; what is left after that goes with its session."""
+    server.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait(10)
 
 
 def _gpus() -> int:

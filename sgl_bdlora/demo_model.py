@@ -155,7 +155,8 @@ def _convert(gguf: Path, out: Path) -> None:
         # Dequantised in float32 first: the 4-bit blocks' scales are float16 and round only once this way.
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # Transformers reads the GGUF's ids into the model's config, but names the first special token both start and end.
+        # Transformers reads the GGUF's ids into the model's config, but names the first special token both start and
+        # end.
         ids = {name: getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         for name, token_id in ids.items():
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))

@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-# Drivers of other accelerators that SGLang serves (ROCm, Ascend, Habana); with one of them nothing here is ours to decide.
+# Drivers of other accelerators that SGLang serves (ROCm, Ascend, Habana); with one of them nothing here is ours to
+# decide.
 OTHER_ACCELERATORS = ("/dev/kfd", "/dev/davinci*", "/dev/accel/accel*")
 
 STUBS = Path(__file__).parent / "stubs"
@@ -43,7 +44,7 @@ def has_cuda_device() -> bool:
 
 
 def has_cpu_kernels() -> bool:
-    """Whether the installed sgl_kernel is SGLang's CPU build: one extension beside __init__.py, none per GPU architecture."""
+    """Whether the installed sgl_kernel is the CPU build: one extension beside __init__.py, none per GPU kind."""
     search = [entry for entry in sys.path if entry != str(STUBS)]
     spec = importlib.machinery.PathFinder.find_spec("sgl_kernel", search)
     if spec is None or not spec.submodule_search_locations:

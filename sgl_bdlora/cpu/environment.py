@@ -8,13 +8,13 @@ from pathlib import Path
 from sgl_bdlora.cpu.detect import STUBS, applies
 from sgl_bdlora.demo_model import cache_directory
 
-# SGLang tries NCCL wherever its library is installed, also for CPU tensors (distributed/device_communicators/pynccl.py).
-# A path to no file switches it off.
+# SGLang tries NCCL wherever its library is installed, also for CPU tensors
+# (distributed/device_communicators/pynccl.py). A path to no file switches it off.
 NO_NCCL = str(STUBS / "no-nccl.so")
 
 
 def prepare_environment() -> None:
-    """Make `import sglang` and its child processes work here. Call it before anything imports sglang; calling again is free.
+    """Make `import sglang` and its child processes work here. Call it before importing sglang; calling again is free.
 
     Values that the user has set are kept.
     """
@@ -22,8 +22,8 @@ def prepare_environment() -> None:
         return
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     os.environ.setdefault("SGLANG_NCCL_SO_PATH", NO_NCCL)
-    # The wheel's sgl_kernel needs libcuda.so.1 to import. Processes started later import SGLang before any plugin runs, so
-    # the stand-in travels by PYTHONPATH.
+    # The wheel's sgl_kernel needs libcuda.so.1 to import. Processes started later import SGLang before any plugin
+    # runs, so the stand-in travels by PYTHONPATH.
     _prepend("PYTHONPATH", str(STUBS))
     if str(STUBS) not in sys.path:
         sys.path.insert(0, str(STUBS))
@@ -32,17 +32,17 @@ def prepare_environment() -> None:
     # numpy's BLAS and the tokenizer start a thread per core in each process and do nothing that needs one.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # SGLang decorates three small functions of every forward pass with torch.compile, which calls a C++ compiler in each rank
-    # during the first request (half a minute) and gains nothing measurable here.
+    # SGLang decorates three small functions of every forward pass with torch.compile, which calls a C++ compiler in
+    # each rank during the first request (half a minute) and gains nothing measurable here.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     _keep_bytecode()
 
 
 def _keep_bytecode() -> None:
-    """Let Python cache compiled modules where it has been told not to, and an installation without them would be compiled anew.
+    """Let Python cache bytecode where it has been told not to and the installation has none.
 
-    SGLang imports about 7000 modules; compiling them takes longer than running them (26 s of 40 s a process). The files go to
-    the user's cache folder, not beside the sources.
+    SGLang imports about 7000 modules; compiling them takes longer than running them (25 of 38 s of CPU time a
+    process). The files go to the user's cache folder, not beside the sources.
     """
     spec = importlib.util.find_spec("torch")
     if not sys.dont_write_bytecode or spec is None or Path(importlib.util.cache_from_source(spec.origin)).exists():
@@ -56,15 +56,24 @@ def _keep_bytecode() -> None:
 def bind_threads(tp_size: int) -> None:
     """Divide the cores this process may use among *tp_size* ranks, unless the user has."""
     cores = sorted(os.sched_getaffinity(0))
-    os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", thread_binding(tp_size, cores))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores) // tp_size)))
+    _choose("SGLANG_CPU_OMP_THREADS_BIND", thread_binding(tp_size, cores))
+    _choose("OMP_NUM_THREADS", str(max(1, len(cores) // tp_size)))
+
+
+_chosen: dict[str, str] = {}
+
+
+def _choose(variable: str, value: str) -> None:
+    """Set *variable* unless the user has; what an earlier engine of this process chose is not the user's."""
+    if os.environ.get(variable) == _chosen.get(variable):
+        os.environ[variable] = _chosen[variable] = value
 
 
 def thread_binding(tp_size: int, cores: list[int]) -> str:
     """The cores of each rank, in the form of SGLANG_CPU_OMP_THREADS_BIND (`0-3|4-7`, srt/utils/numa_utils.py).
 
-    Ranks get equal runs of neighbouring cores; cores left over stay free for the tokenizer and the detokenizer. With more
-    ranks than cores the ranks share them in turn, one core each.
+    Ranks get equal runs of neighbouring cores; cores left over stay free for the tokenizer and the detokenizer. With
+    more ranks than cores the ranks share them in turn, one core each.
     """
     if tp_size < 1 or not cores:
         raise ValueError(f"cannot divide {len(cores)} cores among {tp_size} ranks")

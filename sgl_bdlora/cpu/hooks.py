@@ -5,17 +5,19 @@ from collections.abc import Callable
 from sgl_bdlora.cpu import environment, processes
 from sgl_bdlora.cpu.detect import applies
 
-# SGLang's LoRA code asks for pinned host memory without looking whether there is a device to copy to. Everything that does so
-# runs inside one of these methods of LoRAManager (sglang/srt/lora/lora_manager.py).
+# SGLang's LoRA code asks for pinned host memory without looking whether there is a device to copy to. Everything that
+# does so runs inside one of these methods of LoRAManager (sglang/srt/lora/lora_manager.py).
 PINNING_METHODS = ("__init__", "load_lora_adapter", "load_lora_adapter_from_tensors", "prepare_lora_batch")
 
 
 def register_hooks(register: Callable[[str, Callable, str], None]) -> None:
-    """Call *register(target, hook, kind)* for each hook; kind is a name of SGLang's HookType. Nothing to do with a GPU."""
+    """Call *register(target, hook, kind)* for each hook; kind is a name of SGLang's HookType. None with a GPU."""
     if not applies():
         return
     register("sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes", before_launch_schedulers, "BEFORE")
-    register("sglang.srt.entrypoints.engine.Engine._launch_detokenizer_subprocesses", before_launch_detokenizers, "BEFORE")
+    register(
+        "sglang.srt.entrypoints.engine.Engine._launch_detokenizer_subprocesses", before_launch_detokenizers, "BEFORE"
+    )
     register("sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce", around_all_reduce, "AROUND")
     for method in PINNING_METHODS:
         register(f"sglang.srt.lora.lora_manager.LoRAManager.{method}", around_pinning, "AROUND")

@@ -12,8 +12,8 @@ MODULES = ("sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_man
 def follow_launcher(launcher: int) -> None:
     """Die with the launcher, and pass on what the forked processes tell their parent.
 
-    A scheduler that fails sends SIGQUIT to its parent (managers/scheduler.py:run_scheduler_process), which SGLang takes to be
-    the launcher; here it is the fork server.
+    A scheduler that fails sends SIGQUIT to its parent (managers/scheduler.py:run_scheduler_process), which SGLang
+    takes to be the launcher; here it is the fork server.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:

@@ -1,9 +1,9 @@
 """Start SGLang's processes by forking one that has already imported everything.
 
-SGLang spawns a process per rank and a detokenizer, and each imports torch and sglang afresh: about 25 s of CPU time each,
-one after another on a small machine. A fork server imports them once, while the launcher is still reading its arguments,
-and the processes share its memory. CUDA forbids forking; without it nothing does: the server imports only, and starts no
-thread, no OpenMP region and no socket.
+SGLang spawns a process per rank and a detokenizer, and each imports torch and sglang afresh: 13 s of CPU time each,
+one after another on a small machine. A fork server imports them once, while the launcher is still reading its
+arguments, and the processes share its memory. CUDA forbids forking; without it nothing does: the server imports only,
+and runs no OpenMP region and no event loop.
 """
 
 import multiprocessing
@@ -12,23 +12,30 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing import forkserver
 
+from sgl_bdlora.cpu.detect import applies
+
 PRELOAD = "sgl_bdlora.cpu.preload"
 
 
 def start_fork_server() -> None:
-    """Let the imports begin now. Processes are forked once use_fork_server has been called."""
+    """Let the imports begin now, beside the launcher's own. Call it after prepare_environment, in the launcher only.
+
+    Processes are forked once use_fork_server has been called. Does nothing with a GPU.
+    """
+    if not applies():
+        return
     multiprocessing.set_forkserver_preload([PRELOAD])
     forkserver.ensure_running()
 
 
 def use_fork_server() -> None:
-    """Make multiprocessing fork from the server, after SGLang has asked for spawning (entrypoints/engine.py:_set_envs_and_config)."""
+    """Make multiprocessing fork from the server. SGLang's engine.py:_set_envs_and_config asks for spawning first."""
     start_fork_server()
     multiprocessing.set_start_method("forkserver", force=True)
 
 
 def in_this_environment(function: Callable) -> Callable:
-    """*function*, to run in a forked process with this process's environment as it is now, not as it was at the server's start."""
+    """*function*, to run in a forked process with this process's present environment, not the server's."""
     return partial(_run, dict(os.environ), function)
 
 

@@ -1,11 +1,13 @@
 """All-reduce between ranks of one machine through shared memory.
 
-Gloo moves even a few kilobytes through TCP sockets and several threads a rank; a decode step has two all-reduces a layer, and
-with more ranks than cores each thread switch waits its turn: most of a step of SmolLM2-135M with 3 ranks on 2 cores. SGLang has a shared-memory all-reduce in its CPU kernels; this is the same idea in Python with futexes.
+Gloo moves even a few kilobytes through TCP sockets and several threads a rank; a decode step has two all-reduces a
+layer, and with more ranks than cores each thread switch waits its turn: most of a step of SmolLM2-135M with 3 ranks
+on 2 cores. SGLang has a shared-memory all-reduce in its CPU kernels; this is the same idea in Python with futexes.
 
-Each rank has one counter and two slots, used in turn. A rank writes its tensor into its slot, advances its counter, waits
-until every counter has reached its own, and sums all slots in rank order, so all ranks get the same bits. It can reuse a slot
-two operations later without asking: having finished the operation between, it knows that all ranks have read the slot.
+Each rank has one counter and two slots, used in turn. A rank writes its tensor into its slot, advances its counter,
+waits until every counter has reached its own, and sums all slots in rank order, so all ranks get the same bits. It
+can reuse a slot two operations later without asking: having finished the operation between, it knows that all ranks
+have read the slot.
 """
 
 import ctypes

@@ -1,6 +1,8 @@
 """A real server in a process of its own, asked over HTTP, and the comparison of its answers with the oracle."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -64,6 +66,15 @@ class Answer:
         )
 
 
+def free_port() -> int:
+    """A free port below the ephemeral range, whose ports may be taken again before the server binds."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("none of 100 ports between 20000 and 32000 is free")
+
+
 @dataclass
 class Server:
     """Start with ``with Server(...) as server``; leaving stops the whole process group."""
@@ -78,9 +89,7 @@ class Server:
     _process: subprocess.Popen | None = None
 
     def __enter__(self) -> "Server":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.base_url = f"http://127.0.0.1:{port}"
         command = [
             sys.executable, "-m", self.module, "--model-path", str(self.model), "--served-model-name", "base",

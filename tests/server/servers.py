@@ -6,8 +6,8 @@ from zoo import FAMILIES
 
 # Prompts longer than 32 tokens are prefilled in chunks.
 LLAMA = Served("llama", 2, ("--chunked-prefill-size", "32"))
-# Fewer kv heads (2) than ranks, and a pool of 1 MiB a rank that holds only some of the adapters at a time.
-QWEN3 = Served("qwen3", 4, ("--lora-pool-gb", "0.001"))
+# Fewer kv heads (2) than ranks, and a pool of half a MiB a rank that holds only some of the adapters at a time.
+QWEN3 = Served("qwen3", 4, ("--lora-pool-gb", "0.0005"))
 QWEN2 = Served("qwen2", 1)
 GEMMA = Served("gemma3", 2)
 DEFAULT = (LLAMA, QWEN3, QWEN2, GEMMA)

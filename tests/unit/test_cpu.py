@@ -62,6 +62,21 @@ def test_thread_binding_is_written_as_sglang_reads_it():
         environment.thread_binding(1, [])
 
 
+def test_a_second_engine_may_have_another_size_but_the_users_binding_stays(monkeypatch):
+    monkeypatch.setattr(environment, "_chosen", {})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    for name in ("SGLANG_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    for tp_size, binding, threads in ((2, "0-1|2-3", "2"), (1, "0-3", "4")):
+        environment.bind_threads(tp_size)
+        assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == binding
+        assert os.environ["OMP_NUM_THREADS"] == threads
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "3")
+    environment.bind_threads(1)
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "3"
+
+
 @pytest.mark.parametrize(("cuda", "kernels", "expected"), [(0, 0, True), (1, 0, False), (0, 1, False), (1, 1, False)])
 def test_applies_only_without_gpu_and_without_cpu_kernels(monkeypatch, cuda, kernels, expected):
     _host(monkeypatch, bool(cuda), bool(kernels))

@@ -1,7 +1,7 @@
 """Stand-in for SGLang's kernel package on a machine where it cannot be imported.
 
-SGLang imports these names at start-up on a CPU. Served with PyTorch's operators it calls none of them; one that is called
-says so.
+SGLang imports these names at start-up on a CPU. Served with PyTorch's operators it calls none of them; one that is
+called says so.
 """
 
 __version__ = "0+sgl_bdlora.stub"
@@ -25,8 +25,8 @@ _NAMES = (
 def _missing(name):
     def kernel(*args, **kwargs):
         raise NotImplementedError(
-            f"sgl_kernel.{name} is not available on this CPU-only machine: this feature needs a GPU, or SGLang's CPU build of "
-            "sgl_kernel (see https://docs.sglang.ai/platforms/cpu_server.html)"
+            f"sgl_kernel.{name} is not available on this CPU-only machine: this feature needs a GPU, or SGLang's CPU "
+            "build of sgl_kernel (see https://docs.sglang.ai/platforms/cpu_server.html)"
         )
 
     kernel.__name__ = kernel.__qualname__ = name
