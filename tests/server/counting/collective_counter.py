@@ -1,6 +1,7 @@
 """A test-only SGLang plugin: writes the collectives of every forward pass on rank 0, while the switch file exists.
 
-Counts at the dispatcher, below every Python wrapper, so that no collective is missed whoever starts it.
+Counts at the dispatcher, below every Python wrapper, so that no collective is missed whoever starts it, and in
+sgl_bdlora.cpu.shared_memory, which goes round the dispatcher.
 """
 
 import json
@@ -44,8 +45,13 @@ def _forward(original, runner, forward_batch, *args, **kwargs):
 
 def _counting():
     from contextlib import contextmanager
+    from unittest.mock import patch
 
     from torch.utils._python_dispatch import TorchDispatchMode
+
+    from sgl_bdlora.cpu.shared_memory import SharedMemoryGroup
+
+    all_reduce = SharedMemoryGroup.all_reduce
 
     class Mode(TorchDispatchMode):
         def __init__(self, counts: Counter):
@@ -61,7 +67,12 @@ def _counting():
     @contextmanager
     def count():
         counts: Counter = Counter()
-        with Mode(counts):
+
+        def counted(group, tensor):
+            counts["shared_memory.all_reduce"] += 1
+            return all_reduce(group, tensor)
+
+        with patch.object(SharedMemoryGroup, "all_reduce", counted), Mode(counts):
             yield counts
 
     return count()
