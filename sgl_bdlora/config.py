@@ -9,6 +9,8 @@ from dataclasses import dataclass
 ENV = "SGL_BDLORA_OPTIONS"
 BACKEND = "bdlora"
 
+SHARDINGS = ("replicated", "s-lora")
+
 # Without --max-lora-rank and without adapters at start nothing bounds the rank but the pool's bytes; SGLang wants a number.
 DEFAULT_MAX_RANK = 1024
 
@@ -18,11 +20,15 @@ class Options:
     """Options of the bdlora back end.
 
     lora_pool_gb: device memory per rank for adapter weights, in GiB.
+    lora_sharding: how plain adapters are split over the ranks; block-diagonal ones are always local.
     """
 
     lora_pool_gb: float = 1.0
+    lora_sharding: str = "replicated"
 
     def __post_init__(self):
+        if self.lora_sharding not in SHARDINGS:
+            raise ValueError(f"--lora-sharding has to be one of {', '.join(SHARDINGS)}, got {self.lora_sharding!r}")
         if not self.lora_pool_gb > 0:
             raise ValueError(f"--lora-pool-gb has to be positive, got {self.lora_pool_gb}")
 
@@ -53,6 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="Device memory per tensor-parallel rank for adapter weights, in GiB. Adapters take only what the rank's pieces "
         f"weigh; the least recently used ones are evicted when it is full. Default: {Options.lora_pool_gb}.",
+    )
+
+
+    group.add_argument(
+        "--lora-sharding",
+        choices=SHARDINGS,
+        default=None,
+        help="How plain (not block-diagonal) adapters are split over the tensor-parallel ranks. replicated: A of column-parallel "
+        "and B of row-parallel layers whole on every rank, no collective. s-lora: everything split, with an all-gather or all-reduce "
+        f"between shrink and expand, 4 a decoder layer. Block-diagonal adapters are local under both. Default: {Options.lora_sharding}.",
     )
 
 

@@ -26,8 +26,7 @@ from rich.text import Text
 
 from sgl_bdlora.adapters import Adapter, read_adapter
 from sgl_bdlora.demo_model import DemoModelError, ensure_demo_model
-from sgl_bdlora.sharding import Span, layout_for
-from sgl_bdlora.sharding.host import HostSlice
+from sgl_bdlora.sharding import HostLayer, HostSlice, Span, layout_for
 
 ADAPTERS = Path(__file__).resolve().parent.parent / "examples" / "adapters"
 # The demo model has 9 query and 3 kv heads: tensor parallelism 1 or 3. The adapters have 3 blocks.
@@ -213,7 +212,8 @@ def local_rank(adapter: Adapter, tp: int) -> int:
     module = next(m for path, m in adapter.modules.items() if path.endswith("q_proj"))
     outputs = Span.shard(module.out_features // tp, 0, module.out_features)
     host = HostSlice("q_proj", Span.whole(module.in_features), outputs, 0)
-    return layout_for(adapter.name, module, "column", host).local_rank
+    layer = HostLayer(module.path, "column", (host,), 0, tp)
+    return layout_for(adapter.name, module, layer, host, "replicated").local_rank
 
 
 def how_to_call(port: int, example: Request) -> str:

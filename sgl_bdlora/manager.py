@@ -35,6 +35,7 @@ class BDLoRAManager(LoRAManager):
         """Wrap the model's layers, make the pool, load the adapters given at start."""
         options = config.options()
         self.max_lora_rank = max_lora_rank or config.DEFAULT_MAX_RANK
+        self.sharding = options.lora_sharding
         self.shards: dict[str, AdapterShard] = {}
         self.lora_refs: dict[str, LoRARef] = {}
         self.num_pinned_loras = 0
@@ -76,7 +77,7 @@ class BDLoRAManager(LoRAManager):
             self._check_ref(lora_ref)
             adapter: Adapter = read()
             self._check_rank(adapter)
-            shard = shard_adapter(adapter, self.host, self.dtype, pin=self.device.type == "cuda")
+            shard = shard_adapter(adapter, self.host, self.dtype, self.sharding, pin=self.device.type == "cuda")
             self._check_bytes(shard)
         except AdapterError as refusal:
             error = str(refusal)

@@ -6,6 +6,7 @@ from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from sgl_bdlora import plugin
 from sgl_bdlora.kernels.batch import Batch
 from sgl_bdlora.kernels.torch_ops import add_lora
+from sgl_bdlora.layers.collectives import TensorParallelCollectives
 
 
 class BDLoRABackend(BaseLoRABackend):
@@ -21,6 +22,7 @@ class BDLoRABackend(BaseLoRABackend):
         plugin.verify_hooks()
         super().__init__(max_loras_per_batch, device)
         self._batch: Batch | None = None
+        self.collectives = TensorParallelCollectives()
 
     def set_batch(self, batch: Batch) -> None:
         """The rows and adapters of the next forward pass."""
@@ -33,4 +35,4 @@ class BDLoRABackend(BaseLoRABackend):
     def add_lora(self, y_TN: torch.Tensor, x_TK: torch.Tensor, path: str) -> None:
         """Add the current batch's updates of host layer `path` to y in place; shapes as kernels.torch_ops.add_lora."""
         if self._batch is not None and self._batch.segments:
-            add_lora(y_TN, x_TK, self._batch, path)
+            add_lora(y_TN, x_TK, self._batch, path, self.collectives)

@@ -46,10 +46,10 @@ def _describe(path: str, names: tuple[str, ...], module: LinearBase) -> HostLaye
         return _merged(path, names, module)
     if isinstance(module, ColumnParallelLinear):
         outputs = Span.shard(module.output_size_per_partition, module.tp_rank, module.output_size)
-        return HostLayer(path, "column", (HostSlice(names[0], Span.whole(module.input_size), outputs, 0),))
+        return HostLayer(path, "column", (HostSlice(names[0], Span.whole(module.input_size), outputs, 0),), module.tp_rank, module.tp_size)
     if isinstance(module, RowParallelLinear):
         inputs = Span.shard(module.input_size_per_partition, module.tp_rank, module.input_size)
-        return HostLayer(path, "row", (HostSlice(names[0], inputs, Span.whole(module.output_size), 0),))
+        return HostLayer(path, "row", (HostSlice(names[0], inputs, Span.whole(module.output_size), 0),), module.tp_rank, module.tp_size)
     if isinstance(module, ReplicatedLinear) and len(names) == 1:
         whole = HostSlice(names[0], Span.whole(module.input_size), Span.whole(module.output_size), 0)
         return HostLayer(path, "replicated", (whole,))
@@ -69,7 +69,7 @@ def _qkv(path: str, names: tuple[str, ...], module: QKVParallelLinear) -> HostLa
     for name, size, shard, index in zip(names, sizes, shards, (module.tp_rank, kv_index, kv_index), strict=True):
         slices.append(HostSlice(name, inputs, Span.shard(shard, index, size), y_start))
         y_start += shard
-    return HostLayer(path, "column", tuple(slices))
+    return HostLayer(path, "column", tuple(slices), module.tp_rank, module.tp_size)
 
 
 def _merged(path: str, names: tuple[str, ...], module: MergedColumnParallelLinear) -> HostLayer | None:
@@ -80,4 +80,4 @@ def _merged(path: str, names: tuple[str, ...], module: MergedColumnParallelLinea
     for name, size, shard in zip(names, module.output_sizes, module.output_partition_sizes, strict=True):
         slices.append(HostSlice(name, inputs, Span.shard(shard, module.tp_rank, size), y_start))
         y_start += shard
-    return HostLayer(path, "column", tuple(slices))
+    return HostLayer(path, "column", tuple(slices), module.tp_rank, module.tp_size)

@@ -1,7 +1,7 @@
 """Pure functions: (adapter structure, host layer) -> what one tensor-parallel rank holds. No SGLang import."""
 
 from sgl_bdlora.sharding.host import HostLayer, HostSlice, Span
-from sgl_bdlora.sharding.piece import PieceLayout, layout_for, read_piece
+from sgl_bdlora.sharding.piece import PieceLayout, Sharding, layout_for, read_piece
 from sgl_bdlora.sharding.shard import AdapterShard, HostModel, LayerLayout, SliceLayout, layer_views, shard_adapter
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "HostSlice",
     "LayerLayout",
     "PieceLayout",
+    "Sharding",
     "SliceLayout",
     "Span",
     "layer_views",

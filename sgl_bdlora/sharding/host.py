@@ -30,6 +30,11 @@ class Span:
         return cls(0, size, size)
 
     @classmethod
+    def part(cls, index: int, parts: int, size: int) -> "Span":
+        """Part number `index` of `parts` nearly equal parts; their sizes differ by at most one."""
+        return cls(size * index // parts, size * (index + 1) // parts, size)
+
+    @classmethod
     def shard(cls, shard_size: int, index: int, size: int) -> "Span":
         """Shard number `index` of equal shards of `shard_size` entries."""
         return cls(shard_size * index, shard_size * (index + 1), size)
@@ -58,11 +63,14 @@ class HostLayer:
     path: module path in the served model, e.g. "model.layers.0.self_attn.qkv_proj".
     parallelism: "column" (split on outputs), "row" (split on inputs, partial sums reduced by the host) or "replicated".
     slices: in the order of the local output's columns. All slices share the same inputs.
+    tp_rank, tp_size: this rank's place among those that share the layer.
     """
 
     path: str
     parallelism: Parallelism
     slices: tuple[HostSlice, ...]
+    tp_rank: int = 0
+    tp_size: int = 1
 
     @property
     def parent(self) -> str:

@@ -9,17 +9,18 @@ from sgl_bdlora.adapters.check import check_finite
 from sgl_bdlora.adapters.errors import AdapterError
 from sgl_bdlora.adapters.format import Adapter, LoRAModule
 from sgl_bdlora.sharding.host import HostLayer
-from sgl_bdlora.sharding.piece import PieceLayout, layout_for, read_piece
+from sgl_bdlora.sharding.piece import PieceLayout, Sharding, layout_for, read_piece
 
 
 @dataclass(frozen=True)
 class SliceLayout:
     """One slice's piece inside a layer's block of weights.
 
-    a_start: first of this slice's rows in the layer's stacked A (sum of local ranks, inputs / blocks_a).
+    name: the adapter module's leaf name. a_start: first of this slice's rows in the layer's stacked A (sum of local ranks, inputs / blocks_a).
     b_offset: element offset of this slice's B in the layer's block. y_start: first output column.
     """
 
+    name: str
     piece: PieceLayout
     scale: float
     a_start: int
@@ -58,9 +59,18 @@ class AdapterShard:
         return self.weights.nbytes
 
     @property
-    def local_rank(self) -> int:
-        """The largest rank that a slice keeps on this GPU."""
-        return max(s.piece.local_rank for layer in self.layers.values() for s in layer.slices)
+    def local_ranks(self) -> dict[str, int]:
+        """Adapter module leaf name -> the largest rank that this rank of the server keeps of it."""
+        ranks: dict[str, int] = {}
+        for layer in self.layers.values():
+            for s in layer.slices:
+                ranks[s.name] = max(ranks.get(s.name, 0), s.piece.local_rank)
+        return ranks
+
+    @property
+    def collectives(self) -> int:
+        """Collectives that a forward pass runs for this adapter: one for each layer that gathers or reduces a shrink."""
+        return sum(any(s.piece.combine != "none" for s in layer.slices) for layer in self.layers.values())
 
 
 class HostModel:
@@ -92,12 +102,14 @@ class HostModel:
         )
 
 
-def shard_adapter(adapter: Adapter, host: HostModel, dtype: torch.dtype, pin: bool = False) -> AdapterShard:
-    """Read this rank's pieces of `adapter` into one flat host tensor.
+def shard_adapter(
+    adapter: Adapter, host: HostModel, dtype: torch.dtype, sharding: Sharding = "replicated", pin: bool = False
+) -> AdapterShard:
+    """Read this rank's pieces of `adapter` into one flat host tensor. sharding: of its plain modules.
 
     Raises AdapterError for unknown modules, shapes of another model, wrongly sided factors and weights that are not finite.
     """
-    layers, plan = _plan(adapter, host)
+    layers, plan = _plan(adapter, host, sharding)
     offsets, total = {}, 0
     for path, layer in layers.items():
         offsets[path] = total
@@ -119,26 +131,31 @@ def layer_views(block: torch.Tensor, layer: LayerLayout) -> tuple[torch.Tensor, 
     return a, bs
 
 
-def _plan(adapter: Adapter, host: HostModel) -> tuple[dict[str, LayerLayout], dict[str, list[LoRAModule]]]:
+def _plan(
+    adapter: Adapter, host: HostModel, sharding: Sharding
+) -> tuple[dict[str, LayerLayout], dict[str, list[LoRAModule]]]:
     """Layouts by host layer, and the adapter modules behind each layout's slices, in the same order."""
     found: dict[str, list] = {}
     for module in adapter.modules.values():
         layer, piece = host.find(adapter.name, module)
-        found.setdefault(layer.path, []).append((piece.y_start, module, layout_for(adapter.name, module, layer.parallelism, piece)))
+        layout = layout_for(adapter.name, module, layer, piece, sharding)
+        # An S-LoRA row piece fills only this rank's part of the outputs.
+        y_start = piece.y_start + layout.outputs.start - piece.outputs.start
+        found.setdefault(layer.path, []).append((y_start, module, layout))
     layouts, modules = {}, {}
     for path in sorted(found):
         entries = sorted(found[path], key=lambda entry: entry[0])
         modules[path] = [module for _, module, _ in entries]
-        layouts[path] = _layer_layout([(y_start, module.scale, layout) for y_start, module, layout in entries])
+        layouts[path] = _layer_layout(entries)
     return layouts, modules
 
 
-def _layer_layout(entries: list[tuple[int, float, PieceLayout]]) -> LayerLayout:
+def _layer_layout(entries: list[tuple[int, LoRAModule, PieceLayout]]) -> LayerLayout:
     rows_a = sum(layout.local_rank for _, _, layout in entries)
     width_a = entries[0][2].shape_a[1]
     slices, row, offset = [], 0, rows_a * width_a
-    for y_start, scale, layout in entries:
-        slices.append(SliceLayout(layout, scale, row, offset, y_start))
+    for y_start, module, layout in entries:
+        slices.append(SliceLayout(module.path.rpartition(".")[2], layout, module.scale, row, offset, y_start))
         row += layout.local_rank
         offset += layout.shape_b[0] * layout.shape_b[1]
     return LayerLayout(tuple(slices), rows_a, width_a, offset)

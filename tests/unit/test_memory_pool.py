@@ -12,8 +12,8 @@ K, N, LAYERS = 32, 16, 4
 
 
 def shard(name: str, rank: int) -> AdapterShard:
-    piece = PieceLayout(Span.whole(rank), Span.whole(K), Span.whole(N), 1, 1)
-    layer = LayerLayout((SliceLayout(piece, 1.0, 0, rank * K, 0),), rank, K, rank * (K + N))
+    piece = PieceLayout("none", Span.whole(rank), Span.whole(rank), Span.whole(K), Span.whole(N))
+    layer = LayerLayout((SliceLayout("q_proj", piece, 1.0, 0, rank * K, 0),), rank, K, rank * (K + N))
     layers = {f"layers.{i}": layer for i in range(LAYERS)}
     offsets = {path: i * layer.numel for i, path in enumerate(layers)}
     weights = torch.randn(LAYERS * layer.numel, generator=torch.Generator().manual_seed(hash(name) % 2**31))

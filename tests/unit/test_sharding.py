@@ -30,7 +30,7 @@ def config(nblocks: int) -> dict:
     }
 
 
-def adapter(nblocks: int, kv_heads: int, seed: int = 0, **changes):
+def adapter(nblocks: int, kv_heads: int, seed: int = 0, r: int = RANK, **changes):
     generator = torch.Generator().manual_seed(seed)
     dims = {
         "self_attn.q_proj": (HIDDEN, Q_HEADS * HEAD),
@@ -44,12 +44,12 @@ def adapter(nblocks: int, kv_heads: int, seed: int = 0, **changes):
     tensors = {}
     for leaf, (k, n) in dims.items():
         row = leaf.endswith(("o_proj", "down_proj"))
-        a = (RANK, k // nblocks) if row else (RANK, k)
-        b = (n, RANK) if row else (n, RANK // nblocks)
+        a = (r, k // nblocks) if row else (r, k)
+        b = (n, r) if row else (n, r // nblocks)
         stem = f"base_model.model.model.layers.0.{leaf}"
         tensors[f"{stem}.lora_A.weight"] = torch.randn(a, generator=generator)
         tensors[f"{stem}.lora_B.weight"] = torch.randn(b, generator=generator)
-    return adapter_from_tensors("sample", tensors, {**config(nblocks), **changes})
+    return adapter_from_tensors("sample", tensors, {**config(nblocks), "r": r, **changes})
 
 
 def host(tp: int, rank: int, kv_heads: int) -> HostModel:
@@ -69,10 +69,10 @@ def host(tp: int, rank: int, kv_heads: int) -> HostModel:
     stem = "model.layers.0"
     return HostModel(
         [
-            HostLayer(f"{stem}.self_attn.qkv_proj", "column", qkv),
-            HostLayer(f"{stem}.self_attn.o_proj", "row", (HostSlice("o_proj", q, hidden, 0),)),
-            HostLayer(f"{stem}.mlp.gate_up_proj", "column", gate_up),
-            HostLayer(f"{stem}.mlp.down_proj", "row", (HostSlice("down_proj", inner, hidden, 0),)),
+            HostLayer(f"{stem}.self_attn.qkv_proj", "column", qkv, rank, tp),
+            HostLayer(f"{stem}.self_attn.o_proj", "row", (HostSlice("o_proj", q, hidden, 0),), rank, tp),
+            HostLayer(f"{stem}.mlp.gate_up_proj", "column", gate_up, rank, tp),
+            HostLayer(f"{stem}.mlp.down_proj", "row", (HostSlice("down_proj", inner, hidden, 0),), rank, tp),
         ]
     )
 
@@ -143,6 +143,47 @@ def test_bytes_equal_the_formula(tp):
     of_plain = sum(RANK * k + n // tp * RANK for k, n in columns) + sum(RANK * k // tp + n * RANK for k, n in rows)
     assert bd.nbytes == 2 * of_bd
     assert plain.nbytes == 2 * of_plain
+    s_lora = shard_adapter(adapter(1, 24), host(tp, 0, 24), torch.bfloat16, "s-lora")
+    assert s_lora.nbytes == 2 * sum(RANK * k + n * RANK for k, n in columns + rows) // tp
+
+
+@pytest.mark.parametrize(("rank", "tp"), [(24, 2), (24, 8), (10, 4), (3, 8), (7, 3)])
+def test_s_lora_ranks_together_are_the_dense_update(rank, tp):
+    """Shrinks put together over the ranks, then each rank's expand; ranks that do not divide by TP are padded."""
+    sample = adapter(1, 24, r=rank)
+    hosts = [host(tp, t, 24) for t in range(tp)]
+    shards = [shard_adapter(sample, h, torch.float64, "s-lora") for h in hosts]
+    for module in sample.modules.values():
+        a, b = dense_form(module)
+        total = torch.zeros(module.out_features, module.in_features, dtype=torch.float64)
+        layer, piece = hosts[0].find(sample.name, module)
+        index = layer.slices.index(piece)
+        places = [h.layers[layer.path].slices[index] for h in hosts]
+        factors = [local_factors(shard, layer.path, index) for shard in shards]
+        if layer.parallelism == "column":
+            whole_a = torch.cat([a for a, _, _ in factors])
+        else:
+            whole_a = torch.cat([a for a, _, _ in factors], dim=1)
+        for place, (_, local_b, layout) in zip(places, factors, strict=True):
+            outputs = layout.piece.outputs
+            assert layout.y_start == place.y_start + outputs.start - place.outputs.start
+            assert layout.piece.combine == ("gather" if layer.parallelism == "column" else "reduce")
+            total[outputs.start : outputs.stop] = layout.scale * local_b @ whole_a
+        assert torch.allclose(total, module.scale * b.double() @ a.double(), atol=1e-9)
+    assert all(shard.collectives == 4 for shard in shards)
+
+
+def local_factors(shard, path: str, index: int):
+    layer = shard.layers[path]
+    a, bs = layer_views(shard.weights[shard.offsets[path] : shard.offsets[path] + layer.numel], layer)
+    s = layer.slices[index]
+    return a[s.a_start : s.a_start + s.piece.local_rank], bs[index], s
+
+
+def test_block_diagonal_stays_local_under_s_lora():
+    shard = shard_adapter(adapter(4, 24), host(4, 1, 24), torch.float32, "s-lora")
+    assert shard.collectives == 0
+    assert set(shard.local_ranks.values()) == {6}
 
 
 def test_wrong_side_is_refused():
@@ -168,7 +209,7 @@ def test_other_models_shapes_are_refused():
     module = next(iter(adapter(2, 24).modules.values()))
     other = HostSlice("q_proj", Span.whole(HIDDEN * 2), Span.whole(Q_HEADS * HEAD), 0)
     with pytest.raises(AdapterError, match=rf"(?s)sample.*down_proj.*{HIDDEN * 2}"):
-        layout_for("sample", module, "column", other)
+        layout_for("sample", module, HostLayer("q_proj", "column", (other,)), other, "replicated")
 
 
 def test_unknown_module_is_refused():

@@ -12,13 +12,22 @@ K, N = 48, (24, 12, 12)
 PATH = "model.layers.0.self_attn.qkv_proj"
 
 
+class NoCollectives:
+    """All pieces here are local: a collective would be a defect."""
+
+    def all_gather(self, h_TR):
+        raise AssertionError("all_gather for local pieces")
+
+    all_reduce = all_gather
+
+
 def make(name: str, rank: int, blocks_a: int, blocks_b: int, present: tuple[int, ...], seed: int):
     """A shard of one layer, and its dense update (sum of N, K)."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.zeros(sum(N), K, dtype=torch.float64)
     slices, a_rows, b_flat, offset = [], [], [], 0
     for i in present:
-        layout = PieceLayout(Span.whole(rank), Span.whole(K), Span.whole(N[i]), blocks_a, blocks_b)
+        layout = PieceLayout("none", Span.whole(rank), Span.whole(rank), Span.whole(K), Span.whole(N[i]), blocks_a, blocks_b)
         a = torch.randn(layout.shape_a, generator=generator)
         b = torch.randn(layout.shape_b, generator=generator)
         scale = 0.5 + i
@@ -31,7 +40,7 @@ def make(name: str, rank: int, blocks_a: int, blocks_b: int, present: tuple[int,
     a_all = torch.cat(a_rows)
     offset, made = a_all.numel(), []
     for (layout, scale, a_start, y_start), b in zip(slices, b_flat, strict=True):
-        made.append(SliceLayout(layout, scale, a_start, offset, y_start))
+        made.append(SliceLayout("q_proj", layout, scale, a_start, offset, y_start))
         offset += b.numel()
     layer = LayerLayout(tuple(made), a_all.shape[0], a_all.shape[1], offset)
     weights = torch.cat([a_all.flatten(), *b_flat])
@@ -74,14 +83,14 @@ def test_equals_the_dense_update(adapters, mix, lengths):
         start += length
     batch = group_rows([adapters[name][0] if name else None for name in names], lengths, x.device)
     assert len(batch.segments) == len({name for name in names if name})
-    add_lora(y, x, batch, PATH)
+    add_lora(y, x, batch, PATH, NoCollectives())
     assert torch.allclose(y.double(), wanted, atol=1e-4)
 
 
 def test_base_rows_are_untouched_bit_for_bit(adapters):
     x, y = torch.randn(3, K), torch.randn(3, sum(N))
     before = y.clone()
-    add_lora(y, x, group_rows([None, adapters["bd"][0], None], [1, 1, 1], x.device), PATH)
+    add_lora(y, x, group_rows([None, adapters["bd"][0], None], [1, 1, 1], x.device), PATH, NoCollectives())
     assert torch.equal(y[[0, 2]], before[[0, 2]])
     assert not torch.equal(y[1], before[1])
 
@@ -89,5 +98,5 @@ def test_base_rows_are_untouched_bit_for_bit(adapters):
 def test_other_layers_are_untouched(adapters):
     x, y = torch.randn(2, K), torch.randn(2, sum(N))
     before = y.clone()
-    add_lora(y, x, group_rows([adapters["bd"][0]] * 2, [1, 1], x.device), "model.layers.1.self_attn.qkv_proj")
+    add_lora(y, x, group_rows([adapters["bd"][0]] * 2, [1, 1], x.device), "model.layers.1.self_attn.qkv_proj", NoCollectives())
     assert torch.equal(y, before)
