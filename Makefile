@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	@if command -v uv >/dev/null 2>&1; then uv venv -q --allow-existing --python $(PYTHON) $(VENV); \
 	  else $(PYTHON) -m venv $(VENV) && $(PY) -m pip install -q --disable-pip-version-check uv; fi
 	@echo "Installing SGLang and this package into $(VENV) (8.5 GB; about a minute when packages are cached) ..."
-	@UV=$$(command -v uv || echo $(VENV)/bin/uv); $$UV pip install --python $(PY) -e '.[dev]'
+	@UV=$$(command -v uv || echo $(VENV)/bin/uv); $$UV pip install --compile-bytecode --python $(PY) -e '.[dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP) ## Serve the demo model with eight adapters, send a mixed batch, stay up

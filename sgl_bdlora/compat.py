@@ -68,7 +68,9 @@ def version_problem() -> str:
         found = version("sglang")
     except PackageNotFoundError:
         return f"sglang is not installed; this package needs sglang=={SGLANG_VERSION}"
-    return "" if found == SGLANG_VERSION else f"sglang {found} is installed; this package needs sglang=={SGLANG_VERSION}"
+    return (
+        "" if found == SGLANG_VERSION else f"sglang {found} is installed; this package needs sglang=={SGLANG_VERSION}"
+    )
 
 
 def require() -> None:
@@ -77,7 +79,9 @@ def require() -> None:
     if version_problem():
         problems.insert(0, version_problem())
     if problems:
-        raise SystemExit("sgl-bdlora: this SGLang does not fit, refusing to start unpatched.\n  " + "\n  ".join(problems))
+        raise SystemExit(
+            "sgl-bdlora: this SGLang does not fit, refusing to start unpatched.\n  " + "\n  ".join(problems)
+        )
 
 
 def _problem(name: str, parameters: tuple[str, ...] | None) -> str:

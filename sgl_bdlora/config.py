@@ -61,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"weigh; the least recently used ones are evicted when it is full. Default: {Options.lora_pool_gb}.",
     )
 
-
     group.add_argument(
         "--lora-sharding",
         choices=SHARDINGS,

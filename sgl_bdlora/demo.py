@@ -89,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
         console.print(how_to_call(args.port, requests[1]))
         while server.poll() is None:
             time.sleep(0.5)
-        raise DemoError(f"The server ended by itself (exit code {server.returncode}). The end of its log:\n{_tail(log)}")
+        raise DemoError(
+            f"The server ended by itself (exit code {server.returncode}). The end of its log:\n{_tail(log)}"
+        )
     except KeyboardInterrupt:
         console.print("Stopping.")
         return 0
@@ -127,7 +129,14 @@ def default_tp() -> int:
 def start_server(model: Path, tp: int, adapters: dict, port: int, log: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "sgl_bdlora.launch_server", "--model-path", str(model), "--tp", str(tp)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2"]
-    command += ["--max-loras-per-batch", str(len(adapters) + 1), "--max-total-tokens", "16384", "--lora-pool-gb", "0.25"]
+    command += [
+        "--max-loras-per-batch",
+        str(len(adapters) + 1),
+        "--max-total-tokens",
+        "16384",
+        "--lora-pool-gb",
+        "0.25",
+    ]
     command += ["--lora-paths", *(f"{name}={adapter.source}" for name, (adapter, _) in adapters.items())]
     with log.open("w") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
@@ -217,7 +226,11 @@ def local_rank(adapter: Adapter, tp: int) -> int:
 
 
 def how_to_call(port: int, example: Request) -> str:
-    body = {"model": f"smollm2:{example.adapter.name}", "messages": [{"role": "user", "content": example.prompt}], "max_tokens": 48}
+    body = {
+        "model": f"smollm2:{example.adapter.name}",
+        "messages": [{"role": "user", "content": example.prompt}],
+        "max_tokens": 48,
+    }
     return (
         f"The server is up at http://127.0.0.1:{port} (Ctrl-C stops it). Call it from another terminal:\n\n"
         f"  curl -s http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
@@ -253,7 +266,9 @@ def _tail(log: Path, lines: int = 20) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sgl_bdlora.demo", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--port", type=int, default=30000, help="port on 127.0.0.1 (default: 30000)")
-    parser.add_argument("--tp", type=int, choices=(1, 3), help="tensor-parallel size; default 3, or 1 with one or two GPUs")
+    parser.add_argument(
+        "--tp", type=int, choices=(1, 3), help="tensor-parallel size; default 3, or 1 with one or two GPUs"
+    )
     parser.add_argument("--model", type=Path, help="model folder instead of the demo model")
     parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder with index.json and adapters")
     parser.add_argument("--log", default="demo-server.log", help="file for the server's log")

@@ -26,6 +26,7 @@ def _given(argv: list[str], flag: str) -> bool:
 
 def main(argv: list[str]) -> None:
     cpu.prepare_environment()
+    cpu.start_fork_server()
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args

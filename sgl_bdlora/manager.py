@@ -103,7 +103,9 @@ class BDLoRAManager(LoRAManager):
     def _check_ref(self, lora_ref: LoRARef) -> None:
         name = lora_ref.lora_name
         if any(ref.lora_name == name for ref in self.lora_refs.values()):
-            raise AdapterError(name, f"lora_name {name!r} is taken by a loaded adapter", "unload that first, or use another name")
+            raise AdapterError(
+                name, f"lora_name {name!r} is taken by a loaded adapter", "unload that first, or use another name"
+            )
         if lora_ref.pinned and self.num_pinned_loras >= self.max_loras_per_batch - 1:
             raise AdapterError(
                 name,
@@ -115,7 +117,9 @@ class BDLoRAManager(LoRAManager):
     def _check_rank(self, adapter: Adapter) -> None:
         if adapter.rank > self.max_lora_rank:
             raise AdapterError(
-                adapter.name, f"r = {adapter.rank} is above the server's limit of {self.max_lora_rank}", "raise --max-lora-rank"
+                adapter.name,
+                f"r = {adapter.rank} is above the server's limit of {self.max_lora_rank}",
+                "raise --max-lora-rank",
             )
 
     def _check_bytes(self, shard: AdapterShard) -> None:
@@ -129,7 +133,9 @@ class BDLoRAManager(LoRAManager):
     def _unload_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
         known = self.lora_refs.pop(lora_ref.lora_id, None)
         if known is None:
-            return self.create_lora_update_result(success=False, error_message=f"LoRA adapter {lora_ref.lora_name!r} is not loaded.")
+            return self.create_lora_update_result(
+                success=False, error_message=f"LoRA adapter {lora_ref.lora_name!r} is not loaded."
+            )
         self.memory_pool.remove(known.lora_id)
         del self.shards[known.lora_id]
         self.num_pinned_loras -= int(bool(known.pinned))

@@ -37,12 +37,16 @@ def verify_hooks() -> None:
 
     missing = [target for target in _targets if target not in HookRegistry._patched]
     if missing or not _targets:
-        raise SystemExit(f"sgl-bdlora: hooks not in place: {', '.join(missing) or 'all'}; refusing to serve LoRA unpatched.")
+        raise SystemExit(
+            f"sgl-bdlora: hooks not in place: {', '.join(missing) or 'all'}; refusing to serve LoRA unpatched."
+        )
 
 
 def refuse_environment() -> None:
     if os.environ.get("SGLANG_EXPERIMENTAL_LORA_OPTI", "").lower() in ("1", "true", "yes"):
-        raise SystemExit("sgl-bdlora: SGLANG_EXPERIMENTAL_LORA_OPTI replaces the layers that this plugin extends; unset it.")
+        raise SystemExit(
+            "sgl-bdlora: SGLANG_EXPERIMENTAL_LORA_OPTI replaces the layers that this plugin extends; unset it."
+        )
 
 
 def _hook(target: str, hook, kind: str) -> None:

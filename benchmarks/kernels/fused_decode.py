@@ -20,19 +20,48 @@ import triton.language as tl
 
 LAYERS = 32
 # (K, outputs of each slice) of one rank at TP 2, Llama-3.1-8B.
-LINEARS = {"qkv": (4096, (2048, 512, 512)), "o": (2048, (4096,)), "gate_up": (4096, (7168, 7168)), "down": (7168, (4096,))}
+LINEARS = {
+    "qkv": (4096, (2048, 512, 512)),
+    "o": (2048, (4096,)),
+    "gate_up": (4096, (7168, 7168)),
+    "down": (7168, (4096,)),
+}
 
 
 @triton.jit
 def fused_linear_kernel(
-    x_ptr, w_ptr, y_ptr, arena_ptr, meta_ptr, seg_slot_ptr, tok_seg_ptr, h_ptr, flag_ptr, step_ptr,
-    T, N, K, n_segs_ptr, stride_meta_slot,
-    END0: tl.constexpr, END1: tl.constexpr, SLICES: tl.constexpr, S_MAX: tl.constexpr, CHUNKS: tl.constexpr, FLAGS: tl.constexpr, GROUP: tl.constexpr,
-    CHUNK_K: tl.constexpr, RANK: tl.constexpr, HR: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BKS: tl.constexpr, LORA: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    arena_ptr,
+    meta_ptr,
+    seg_slot_ptr,
+    tok_seg_ptr,
+    h_ptr,
+    flag_ptr,
+    step_ptr,
+    T,
+    N,
+    K,
+    n_segs_ptr,
+    stride_meta_slot,
+    END0: tl.constexpr,
+    END1: tl.constexpr,
+    SLICES: tl.constexpr,
+    S_MAX: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FLAGS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK_K: tl.constexpr,
+    RANK: tl.constexpr,
+    HR: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BKS: tl.constexpr,
+    LORA: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    n_tiles = tl.cdiv(N, BN)
     SHRINKS: tl.constexpr = S_MAX * CHUNKS
     t = tl.arange(0, BT)
     step = tl.load(step_ptr)
@@ -53,8 +82,14 @@ def fused_linear_kernel(
                 acc = tl.zeros((BT, HR), dtype=tl.float32)
                 k = chunk * CHUNK_K + tl.arange(0, BKS)
                 for _ in range(0, CHUNK_K, BKS):
-                    x = tl.load(x_ptr + t[:, None] * K + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0)
-                    a = tl.load(arena_ptr + a_off + src[None, :] * K + k[:, None], mask=ok[None, :] & (k < K)[:, None], other=0.0)
+                    x = tl.load(
+                        x_ptr + t[:, None] * K + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0
+                    )
+                    a = tl.load(
+                        arena_ptr + a_off + src[None, :] * K + k[:, None],
+                        mask=ok[None, :] & (k < K)[:, None],
+                        other=0.0,
+                    )
                     acc = tl.dot(x, a, acc)
                     k += BKS
                 tl.store(h_ptr + (chunk * BT + t[:, None]) * HR + r[None, :], acc, mask=mine[:, None])
@@ -75,11 +110,11 @@ def fused_linear_kernel(
         sl = 0
         first = 0
         if SLICES > 1:
-            if n0 >= END0:
+            if n0 >= END0:  # noqa: SIM102 - the outer condition is a constant
                 sl = 1
                 first = END0
         if SLICES > 2:
-            if n0 >= END1:
+            if n0 >= END1:  # noqa: SIM102
                 sl = 2
                 first = END1
         tok_seg = tl.load(tok_seg_ptr + t, mask=t < T, other=-1)
@@ -95,7 +130,11 @@ def fused_linear_kernel(
             slot = tl.load(seg_slot_ptr + seg, mask=here, other=0)
             rank = tl.load(meta_ptr + slot * stride_meta_slot + 1, mask=here, other=0).to(tl.int32)
             b_off = tl.load(meta_ptr + slot * stride_meta_slot + 2 + sl, mask=here, other=0)
-            b = tl.load(arena_ptr + b_off[:, None] + (n - first)[None, :] * rank[:, None] + r[:, None], mask=(r < rank)[:, None], other=0.0)
+            b = tl.load(
+                arena_ptr + b_off[:, None] + (n - first)[None, :] * rank[:, None] + r[:, None],
+                mask=(r < rank)[:, None],
+                other=0.0,
+            )
             if g == 0:
                 waiting = 1
                 while waiting > 0:
@@ -105,7 +144,12 @@ def fused_linear_kernel(
             h = tl.zeros((BT, GROUP * RANK), dtype=tl.float32)
             mine = tok_seg[:, None] == seg[None, :]
             for c in tl.static_range(CHUNKS):
-                h += tl.load(h_ptr + (c * BT + t[:, None]) * HR + sl * RANK + r[None, :], mask=mine, other=0.0, cache_modifier=".cg")
+                h += tl.load(
+                    h_ptr + (c * BT + t[:, None]) * HR + sl * RANK + r[None, :],
+                    mask=mine,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
             acc = tl.dot(h.to(b.dtype), b, acc)
     tl.store(y_ptr + t[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None])
 
@@ -113,7 +157,18 @@ def fused_linear_kernel(
 class Case:
     """One rank's linear layers and a batch of adapters, with everything the kernel reads."""
 
-    def __init__(self, tokens, adapters, rank, layers=LAYERS, chunks=8, device="cuda", dtype=torch.bfloat16, linears=LINEARS, share=1):
+    def __init__(
+        self,
+        tokens,
+        adapters,
+        rank,
+        layers=LAYERS,
+        chunks=8,
+        device="cuda",
+        dtype=torch.bfloat16,
+        linears=LINEARS,
+        share=1,
+    ):
         self.tokens, self.rank, self.chunks = tokens, rank, chunks
         self.pad = max(16, triton.next_power_of_2(rank))
         self.s_max = max(1, min(adapters, tokens)) if adapters else 0
@@ -136,7 +191,17 @@ class Case:
                     for i, m in enumerate(outs):
                         meta[s, index, 2 + i] = offset
                         offset += rank * m
-                self.items.append((name, k, outs, w, rand(tokens, k), torch.empty(tokens, sum(outs), device=device, dtype=dtype), index))
+                self.items.append(
+                    (
+                        name,
+                        k,
+                        outs,
+                        w,
+                        rand(tokens, k),
+                        torch.empty(tokens, sum(outs), device=device, dtype=dtype),
+                        index,
+                    )
+                )
                 index += 1
         self.meta = meta.to(device)
         self.seg_slot = torch.arange(slots, dtype=torch.int32, device=device)
@@ -145,7 +210,9 @@ class Case:
         self.tok_seg = (seg if adapters else torch.full_like(seg, -1)).to(device)
         hr = triton.next_power_of_2(3 * self.pad)
         self.h = torch.full((chunks * self.bt * hr,), float("nan"), device=device)
-        self.flags = torch.zeros(index, triton.next_power_of_2(max(1, self.s_max) * chunks) + 1, dtype=torch.int32, device=device)
+        self.flags = torch.zeros(
+            index, triton.next_power_of_2(max(1, self.s_max) * chunks) + 1, dtype=torch.int32, device=device
+        )
         self.step = torch.zeros(1, dtype=torch.int32, device=device)
 
     def fused(self, configs, lora=True, max_group=8):
@@ -157,12 +224,38 @@ class Case:
             ends = [*torch.tensor(outs).cumsum(0).tolist(), 0, 0]
             grid = (s_max * self.chunks + n // bn,)
             fused_linear_kernel[grid](
-                x, w, y, self.arena, self.meta[0, i], self.seg_slot, self.tok_seg, self.h, self.flags[i], self.step,
-                self.tokens, n, k, self.n_segs, self.meta.stride(0),
-                END0=ends[0], END1=ends[1], SLICES=len(outs), S_MAX=max(s_max, 1), CHUNKS=self.chunks, FLAGS=triton.next_power_of_2(max(s_max, 1) * self.chunks),
+                x,
+                w,
+                y,
+                self.arena,
+                self.meta[0, i],
+                self.seg_slot,
+                self.tok_seg,
+                self.h,
+                self.flags[i],
+                self.step,
+                self.tokens,
+                n,
+                k,
+                self.n_segs,
+                self.meta.stride(0),
+                END0=ends[0],
+                END1=ends[1],
+                SLICES=len(outs),
+                S_MAX=max(s_max, 1),
+                CHUNKS=self.chunks,
+                FLAGS=triton.next_power_of_2(max(s_max, 1) * self.chunks),
                 GROUP=min(max_group, triton.next_power_of_2(max(s_max, 1))),
-                CHUNK_K=chunk_k, RANK=self.pad, HR=triton.next_power_of_2(len(outs) * self.pad),
-                BT=self.bt, BN=bn, BK=bk, BKS=128, LORA=bool(s_max), num_warps=warps, num_stages=stages,
+                CHUNK_K=chunk_k,
+                RANK=self.pad,
+                HR=triton.next_power_of_2(len(outs) * self.pad),
+                BT=self.bt,
+                BN=bn,
+                BK=bk,
+                BKS=128,
+                LORA=bool(s_max),
+                num_warps=warps,
+                num_stages=stages,
             )
 
     def cublas(self):
@@ -235,10 +328,19 @@ def main():
     for tokens, adapters in ((1, 1), (8, 1), (8, 4), (8, 8), (32, 1), (32, 4), (32, 8), (32, 32)):
         for chunks, group in ((8, 4), (8, 8), (4, 4), (16, 4)) if adapters > 1 else ((8, 1), (4, 1), (16, 1)):
             case = Case(tokens, adapters, 12, chunks=chunks)
-            row = {"gpu": torch.cuda.get_device_name(), "tokens": tokens, "adapters": adapters, "rank": 12, "chunks": chunks, "group": group}
+            row = {
+                "gpu": torch.cuda.get_device_name(),
+                "tokens": tokens,
+                "adapters": adapters,
+                "rank": 12,
+                "chunks": chunks,
+                "group": group,
+            }
             row["cublas_ms"] = graph_ms(case.cublas)
             row["triton_ms"] = graph_ms(lambda c=case: c.fused(BASE, lora=False))
-            row["fused_ms"] = graph_ms(lambda c=case, g=group: c.fused(BASE, max_group=g), lambda c=case: c.step.add_(1))
+            row["fused_ms"] = graph_ms(
+                lambda c=case, g=group: c.fused(BASE, max_group=g), lambda c=case: c.step.add_(1)
+            )
             rows.append(row)
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k != "gpu"}, flush=True)
             del case

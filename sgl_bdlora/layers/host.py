@@ -22,7 +22,9 @@ FUSED = {
 }
 
 
-def host_layers(model: torch.nn.Module, target_modules: Collection[str] | None) -> Iterator[tuple[HostLayer, LinearBase]]:
+def host_layers(
+    model: torch.nn.Module, target_modules: Collection[str] | None
+) -> Iterator[tuple[HostLayer, LinearBase]]:
     """Every decoder linear layer that adapters may target, with its module.
 
     target_modules: leaf names, an adapter's ("q_proj") or the served model's ("qkv_proj"); None for all.
@@ -46,10 +48,22 @@ def _describe(path: str, names: tuple[str, ...], module: LinearBase) -> HostLaye
         return _merged(path, names, module)
     if isinstance(module, ColumnParallelLinear):
         outputs = Span.shard(module.output_size_per_partition, module.tp_rank, module.output_size)
-        return HostLayer(path, "column", (HostSlice(names[0], Span.whole(module.input_size), outputs, 0),), module.tp_rank, module.tp_size)
+        return HostLayer(
+            path,
+            "column",
+            (HostSlice(names[0], Span.whole(module.input_size), outputs, 0),),
+            module.tp_rank,
+            module.tp_size,
+        )
     if isinstance(module, RowParallelLinear):
         inputs = Span.shard(module.input_size_per_partition, module.tp_rank, module.input_size)
-        return HostLayer(path, "row", (HostSlice(names[0], inputs, Span.whole(module.output_size), 0),), module.tp_rank, module.tp_size)
+        return HostLayer(
+            path,
+            "row",
+            (HostSlice(names[0], inputs, Span.whole(module.output_size), 0),),
+            module.tp_rank,
+            module.tp_size,
+        )
     if isinstance(module, ReplicatedLinear) and len(names) == 1:
         whole = HostSlice(names[0], Span.whole(module.input_size), Span.whole(module.output_size), 0)
         return HostLayer(path, "replicated", (whole,))

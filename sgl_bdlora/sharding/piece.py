@@ -94,7 +94,9 @@ def layout_for(adapter: str, module: LoRAModule, layer: HostLayer, host: HostSli
         mine = Span.shard(share, layer.tp_rank, padded.size)
         return PieceLayout("gather", mine, padded, host.inputs, host.outputs)
     if sharding == "s-lora" and layer.tp_size > 1 and layer.parallelism == "row":
-        return PieceLayout("reduce", whole, whole, host.inputs, Span.part(layer.tp_rank, layer.tp_size, host.outputs.size))
+        return PieceLayout(
+            "reduce", whole, whole, host.inputs, Span.part(layer.tp_rank, layer.tp_size, host.outputs.size)
+        )
     return PieceLayout("none", whole, whole, host.inputs, host.outputs)
 
 

@@ -126,7 +126,8 @@ def layer_views(block: torch.Tensor, layer: LayerLayout) -> tuple[torch.Tensor, 
     """A (rows_a, width_a) and every slice's B (outputs, local rank / blocks_b) as views of a layer's block."""
     a = block[: layer.rows_a * layer.width_a].view(layer.rows_a, layer.width_a)
     bs = [
-        block[s.b_offset : s.b_offset + s.piece.shape_b[0] * s.piece.shape_b[1]].view(s.piece.shape_b) for s in layer.slices
+        block[s.b_offset : s.b_offset + s.piece.shape_b[0] * s.piece.shape_b[1]].view(s.piece.shape_b)
+        for s in layer.slices
     ]
     return a, bs
 
@@ -171,5 +172,5 @@ def _fill(adapter: str, block: torch.Tensor, layer: LayerLayout, module: LoRAMod
 
 
 def _tail(path: str) -> str:
-    head, found, rest = path.partition("layers.")
+    _, found, rest = path.partition("layers.")
     return found + rest if found else path

@@ -118,7 +118,9 @@ def test_ranks_together_are_the_dense_update(nblocks, tp, kv_heads):
         assert torch.allclose(total, dense, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("nblocks", "tp", "wanted"), [(4, 4, 6), (4, 2, 12), (4, 8, 6), (4, 1, 24), (8, 4, 6), (1, 4, 24)])
+@pytest.mark.parametrize(
+    ("nblocks", "tp", "wanted"), [(4, 4, 6), (4, 2, 12), (4, 8, 6), (4, 1, 24), (8, 4, 6), (1, 4, 24)]
+)
 def test_local_rank(nblocks, tp, wanted):
     shard = shard_adapter(adapter(nblocks, 24), host(tp, 0, 24), torch.float32)
     assert {s.piece.local_rank for layer in shard.layers.values() for s in layer.slices} == {wanted}

@@ -27,7 +27,9 @@ def make(name: str, rank: int, blocks_a: int, blocks_b: int, present: tuple[int,
     dense = torch.zeros(sum(N), K, dtype=torch.float64)
     slices, a_rows, b_flat, offset = [], [], [], 0
     for i in present:
-        layout = PieceLayout("none", Span.whole(rank), Span.whole(rank), Span.whole(K), Span.whole(N[i]), blocks_a, blocks_b)
+        layout = PieceLayout(
+            "none", Span.whole(rank), Span.whole(rank), Span.whole(K), Span.whole(N[i]), blocks_a, blocks_b
+        )
         a = torch.randn(layout.shape_a, generator=generator)
         b = torch.randn(layout.shape_b, generator=generator)
         scale = 0.5 + i
@@ -98,5 +100,11 @@ def test_base_rows_are_untouched_bit_for_bit(adapters):
 def test_other_layers_are_untouched(adapters):
     x, y = torch.randn(2, K), torch.randn(2, sum(N))
     before = y.clone()
-    add_lora(y, x, group_rows([adapters["bd"][0]] * 2, [1, 1], x.device), "model.layers.1.self_attn.qkv_proj", NoCollectives())
+    add_lora(
+        y,
+        x,
+        group_rows([adapters["bd"][0]] * 2, [1, 1], x.device),
+        "model.layers.1.self_attn.qkv_proj",
+        NoCollectives(),
+    )
     assert torch.equal(y, before)
