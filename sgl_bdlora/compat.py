@@ -55,6 +55,9 @@ NAMES: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.layers.linear.RowParallelLinear.forward": ("self", "input_", "skip_all_reduce"),
     "sglang.srt.layers.utils.get_layer_id": ("weight_name",),
     "sglang.srt.distributed.get_tp_group": (),
+    "sglang.srt.distributed.tensor_model_parallel_all_gather": ("input_", "dim"),
+    "sglang.srt.distributed.tensor_model_parallel_all_reduce": ("input_",),
+    "sglang.srt.model_executor.cuda_graph_config.cuda_graph_fully_disabled": (),
 }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sgl_bdlora import config, cpu
+from sgl_bdlora import config, cpu, defaults
 
 cpu.prepare_environment()
 
@@ -19,6 +19,5 @@ class Engine(sglang.Engine):
         own = {name: kwargs.pop(name) for name in config.names() & kwargs.keys()}
         dataclasses.replace(config.options(), **own).publish()
         if "server_args" not in kwargs:
-            defaults = {"enable_lora": True, "lora_backend": config.BACKEND, **cpu.default_fields(kwargs)}
-            kwargs = {**defaults, **kwargs}
+            kwargs = {**defaults.fields(kwargs), **kwargs}
         super().__init__(**kwargs)

@@ -7,21 +7,7 @@ a machine without a GPU adds the arguments that SGLang needs there.
 import os
 import sys
 
-from sgl_bdlora import config, cpu
-
-
-def defaults(argv: list[str]) -> list[str]:
-    """argv with our defaults added where the user said nothing."""
-    added = []
-    if not _given(argv, "--lora-backend"):
-        added += ["--lora-backend", config.BACKEND]
-    if not _given(argv, "--enable-lora"):
-        added += ["--enable-lora"]
-    return [*argv, *added, *cpu.default_arguments(argv)]
-
-
-def _given(argv: list[str], flag: str) -> bool:
-    return any(word == flag or word.startswith(flag + "=") for word in argv)
+from sgl_bdlora import cpu, defaults
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +22,7 @@ def main(argv: list[str]) -> None:
 
     load_plugins()
     plugin.verify_hooks()
-    server_args = prepare_server_args(defaults(argv))
+    server_args = prepare_server_args(argv + defaults.arguments(argv))
     try:
         run_server(server_args)
     finally:

@@ -11,6 +11,7 @@ from sglang.srt.distributed import get_tp_group
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
+from sglang.srt.model_executor.cuda_graph_config import cuda_graph_fully_disabled
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from sgl_bdlora import config
@@ -171,14 +172,16 @@ def _rows_per_request(forward_batch: ForwardBatch) -> list[int]:
 
 def refuse_unsupported(server_args) -> None:
     """End the process when an option would make LoRA wrong; names the option and the way out."""
-    for option, given, why in (
-        ("--pp-size", server_args.pp_size > 1, "pipeline parallelism"),
-        ("--enable-dp-attention", server_args.enable_dp_attention, "data-parallel attention"),
-        ("--speculative-algorithm", server_args.speculative_algorithm is not None, "speculative decoding"),
-        ("--enable-lora-overlap-loading", server_args.enable_lora_overlap_loading, "overlapped loading"),
+    graphs = server_args.device == "cuda" and not cuda_graph_fully_disabled()
+    for option, given in (
+        ("--pp-size above 1", server_args.pp_size > 1),
+        ("--enable-dp-attention", server_args.enable_dp_attention),
+        ("--speculative-algorithm", server_args.speculative_algorithm is not None),
+        ("--enable-lora-overlap-loading", server_args.enable_lora_overlap_loading),
+        ("CUDA graphs (missing --disable-cuda-graph)", graphs),
     ):
         if given:
             raise SystemExit(
-                f"sgl-bdlora: {option} ({why}) does not work with --lora-backend bdlora yet. "
-                "Leave it out, or serve with --lora-backend csgmv."
+                f"sgl-bdlora: {option} does not work with --lora-backend {config.BACKEND} yet. Change it, or serve with "
+                "--lora-backend csgmv."
             )

@@ -110,11 +110,11 @@ def fused_linear_kernel(
         sl = 0
         first = 0
         if SLICES > 1:
-            if n0 >= END0:  # noqa: SIM102 - the outer condition is a constant
+            if n0 >= END0:
                 sl = 1
                 first = END0
         if SLICES > 2:
-            if n0 >= END1:  # noqa: SIM102
+            if n0 >= END1:
                 sl = 2
                 first = END1
         tok_seg = tl.load(tok_seg_ptr + t, mask=t < T, other=-1)

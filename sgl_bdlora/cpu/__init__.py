@@ -7,7 +7,7 @@ development, tests and the demo. Everywhere else every function here does nothin
 Importing this package imports neither torch nor sglang.
 """
 
-from sgl_bdlora.cpu.arguments import default_arguments, default_fields
+from sgl_bdlora.cpu.arguments import default_fields
 from sgl_bdlora.cpu.detect import applies
 from sgl_bdlora.cpu.environment import prepare_environment
 from sgl_bdlora.cpu.hooks import register_hooks
@@ -15,7 +15,6 @@ from sgl_bdlora.cpu.processes import start_fork_server
 
 __all__ = [
     "applies",
-    "default_arguments",
     "default_fields",
     "prepare_environment",
     "register_hooks",

@@ -22,18 +22,7 @@ DEFAULTS: dict[str, object] = {
 
 
 def default_fields(given: Mapping[str, object]) -> dict[str, object]:
-    """The defaults for `sglang.Engine(**given)`, less the fields in *given*."""
+    """The fields that a CPU needs, less those in *given*; none where `applies()` is false."""
     if not applies():
         return {}
     return {field: value for field, value in DEFAULTS.items() if field not in given}
-
-
-def default_arguments(argv: list[str]) -> list[str]:
-    """The same for a command line: what to append to *argv*."""
-    added = []
-    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    for field, value in default_fields({}).items():
-        flag = "--" + field.replace("_", "-")
-        if flag not in given:
-            added += [flag] if value is True else [flag, str(value)]
-    return added

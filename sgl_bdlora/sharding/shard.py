@@ -16,7 +16,8 @@ from sgl_bdlora.sharding.piece import PieceLayout, Sharding, layout_for, read_pi
 class SliceLayout:
     """One slice's piece inside a layer's block of weights.
 
-    name: the adapter module's leaf name. a_start: first of this slice's rows in the layer's stacked A (sum of local ranks, inputs / blocks_a).
+    name: the adapter module's leaf name.
+    a_start: first of this slice's rows in the layer's stacked A (sum of local ranks, inputs / blocks_a).
     b_offset: element offset of this slice's B in the layer's block. y_start: first output column.
     """
 

@@ -8,7 +8,7 @@ import os
 import runpy
 import sys
 
-from sgl_bdlora import cpu
+from sgl_bdlora import cpu, defaults
 from sgl_bdlora.cpu.environment import bind_threads
 
 if __name__ == "__main__":
@@ -16,5 +16,5 @@ if __name__ == "__main__":
     cpu.prepare_environment()
     if cpu.applies():
         bind_threads(int(sys.argv[sys.argv.index("--tp-size") + 1]))
-    sys.argv += cpu.default_arguments(sys.argv)
+    sys.argv += defaults.as_flags(cpu.default_fields(defaults.given_fields(sys.argv)))
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)

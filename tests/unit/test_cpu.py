@@ -89,7 +89,6 @@ def test_nothing_is_done_with_a_gpu(monkeypatch):
     cpu.prepare_environment()
     cpu.register_hooks(lambda *hook: hooks.append(hook))
     assert (dict(os.environ), sys.path, hooks) == (before, path, [])
-    assert cpu.default_arguments([]) == []
     assert cpu.default_fields({}) == {}
 
 
@@ -111,14 +110,8 @@ def test_cpu_build_of_the_kernels_is_told_from_the_cuda_wheel(monkeypatch, tmp_p
     assert detect.has_cpu_kernels() is expected
 
 
-def test_default_arguments_do_not_override_the_users(monkeypatch):
+def test_default_fields_leave_out_the_users(monkeypatch):
     _host(monkeypatch, cuda=False, kernels=False)
-    everything = cpu.default_arguments([])
-    assert everything[everything.index("--device") + 1] == "cpu"
-    given = ["--attention-backend=triton", "--max-total-tokens", "99", "--sleep-on-idle"]
-    added = cpu.default_arguments(given)
-    assert not {"--attention-backend", "--max-total-tokens", "--sleep-on-idle"} & set(added)
-    assert "--device" in added
     assert set(cpu.default_fields({"device": "cpu"})) == set(arguments.DEFAULTS) - {"device"}
 
 
