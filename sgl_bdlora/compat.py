@@ -54,6 +54,22 @@ NAMES: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.layers.linear.ReplicatedLinear": None,
     "sglang.srt.layers.linear.RowParallelLinear.forward": ("self", "input_", "skip_all_reduce"),
     "sglang.srt.layers.utils.get_layer_id": ("weight_name",),
+    "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes": (
+        "server_args",
+        "port_args",
+        "run_scheduler_process_func",
+    ),
+    "sglang.srt.entrypoints.engine.Engine._launch_detokenizer_subprocesses": (
+        "server_args",
+        "port_args",
+        "run_detokenizer_process_func",
+    ),
+    "sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce": ("self", "input_"),
+    "sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp": (
+        "model_config",
+        "load_config",
+        "tp_size",
+    ),
     "sglang.srt.distributed.get_tp_group": (),
     "sglang.srt.distributed.tensor_model_parallel_all_gather": ("input_", "dim"),
     "sglang.srt.distributed.tensor_model_parallel_all_reduce": ("input_",),

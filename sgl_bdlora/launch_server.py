@@ -5,9 +5,23 @@ a machine without a GPU adds the arguments that SGLang needs there.
 """
 
 import os
+import socket
 import sys
 
 from sgl_bdlora import cpu, defaults
+
+
+def check_port(host: str, port: int) -> None:
+    """End the process now when the address is taken: SGLang finds out only after it has loaded the model, and then hangs."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SystemExit(
+                f"sgl-bdlora: cannot listen on {host}:{port} ({error.strerror}); choose another --port"
+            ) from error
 
 
 def main(argv: list[str]) -> None:
@@ -23,6 +37,7 @@ def main(argv: list[str]) -> None:
     load_plugins()
     plugin.verify_hooks()
     server_args = prepare_server_args(argv + defaults.arguments(argv))
+    check_port(server_args.host, server_args.port)
     try:
         run_server(server_args)
     finally:

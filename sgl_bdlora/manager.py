@@ -35,6 +35,7 @@ class BDLoRAManager(LoRAManager):
     def init_state(self, max_lora_rank=None, target_modules=None, lora_paths=None) -> None:
         """Wrap the model's layers, make the pool, load the adapters given at start."""
         options = config.options()
+        refuse_padded_model(self.base_hf_config, self.tp_size)
         self.max_lora_rank = max_lora_rank or config.DEFAULT_MAX_RANK
         self.sharding = options.lora_sharding
         self.shards: dict[str, AdapterShard] = {}
@@ -184,4 +185,15 @@ def refuse_unsupported(server_args) -> None:
             raise SystemExit(
                 f"sgl-bdlora: {option} does not work with --lora-backend {config.BACKEND} yet. Change it, or serve with "
                 "--lora-backend csgmv."
+            )
+
+
+def refuse_padded_model(hf_config, tp_size: int) -> None:
+    """End the process when SGLang padded the model to make it divisible (update_config.py, on CPUs): adapters would not fit it."""
+    for name, original in vars(hf_config).items():
+        field = name.removeprefix("original_").replace("total_num_kv_heads", "num_key_value_heads")
+        if name.startswith("original_") and getattr(hf_config, field, original) != original:
+            raise SystemExit(
+                f"sgl-bdlora: {field} = {original} is not divisible by --tp-size {tp_size}. Choose a tensor-parallel size that "
+                "divides the model."
             )

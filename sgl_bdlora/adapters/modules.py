@@ -43,15 +43,29 @@ def lora_modules(adapter: str, config: AdapterConfig, tensors: Mapping[str, Stor
         match = _KEY.fullmatch(key)
         if match is None:
             raise _unknown(adapter, key)
+        _check_two_dimensions(adapter, tensors[key])
         found.setdefault(match[1], {})[match[2]] = tensors[key]
+    if not found:
+        raise AdapterError(
+            adapter, "its weights file holds no tensors: the adapter targets nothing", "save the trained adapter again"
+        )
     if not any(config.selects(path, embedding=_is_embedding(path, parts)) for path, parts in found.items()):
         raise AdapterError(
             adapter,
             f"target_modules = {show(config.target_modules)} matches none of the {len(found)} modules that have "
-            f"tensors (for example {show(next(iter(found), None))}): the adapter targets nothing",
+            f"tensors (for example {show(next(iter(found)))}): the adapter targets nothing",
             "set target_modules (and exclude_modules, layers_to_transform) as in training",
         )
     return {path: _module(adapter, config, path, parts) for path, parts in found.items()}
+
+
+def _check_two_dimensions(adapter: str, tensor: StoredTensor) -> None:
+    if len(tensor.shape) != 2 or 0 in tensor.shape:
+        raise AdapterError(
+            adapter,
+            f"tensor {tensor.key!r} has shape {tensor.shape}, not two non-zero dimensions",
+            "adapt linear layers only; if it was trained with ZeRO-3 or FSDP, gather the parameters before saving",
+        )
 
 
 def _module(adapter: str, config: AdapterConfig, path: str, parts: dict[str, StoredTensor]) -> LoRAModule:

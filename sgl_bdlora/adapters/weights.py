@@ -130,10 +130,4 @@ def _stored(adapter: str, key: str, shape: tuple[int, ...], dtype: torch.dtype |
             f"tensor {key!r} has dtype {dtype}, not float16, bfloat16 or float32",
             "convert it to bfloat16 and save the adapter again",
         )
-    if len(shape) != 2 or 0 in shape:
-        raise AdapterError(
-            adapter,
-            f"tensor {key!r} has shape {shape}, not two non-zero dimensions",
-            "adapt linear layers only; if it was trained with ZeRO-3 or FSDP, gather the parameters before saving",
-        )
     return StoredTensor(key, shape, dtype, source)

@@ -19,6 +19,7 @@ def register_hooks(register: Callable[[str, Callable, str], None]) -> None:
         "sglang.srt.entrypoints.engine.Engine._launch_detokenizer_subprocesses", before_launch_detokenizers, "BEFORE"
     )
     register("sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce", around_all_reduce, "AROUND")
+    register("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", around_align, "AROUND")
     for method in PINNING_METHODS:
         register(f"sglang.srt.lora.lora_manager.LoRAManager.{method}", around_pinning, "AROUND")
 
@@ -45,3 +46,14 @@ def around_pinning(original, *args, **kwargs):
 
     with Unpinned():
         return original(*args, **kwargs)
+
+
+def around_align(original, model_config, load_config, tp_size):
+    """With fewer kv heads than ranks SGLang pads heads with zeros on a CPU, where it repeats kv heads on a GPU.
+
+    Padded layers are wider than the model's own, and half of the ranks idle: repeat the heads here too.
+    """
+    kv_heads = model_config.get_total_num_kv_heads()
+    if model_config.num_attention_heads % tp_size == 0 and tp_size % kv_heads == 0:
+        tp_size = min(tp_size, kv_heads)
+    return original(model_config, load_config, tp_size)

@@ -225,7 +225,7 @@ TENSORS = [
         (PLAIN | one(f"{Q}.lora_A.weight", 8, 64, dtype=dtype), f"dtype {dtype}", "bfloat16")
         for dtype in (torch.float64, torch.int8, torch.float8_e4m3fn)
     ],
-    ({}, "targets nothing", "target_modules"),
+    ({}, "targets nothing", "holds no tensors"),
     (PLAIN | {"x": None}, "tensors['x'] is None", "dict"),
 ]
 
