@@ -137,6 +137,9 @@ def start_server(model: Path, tp: int, adapters: dict, port: int, log: Path) -> 
         "--lora-pool-gb",
         "0.25",
     ]
+    if not _gpus():
+        # On CPUs without bfloat16 units float32 decodes about a fifth faster.
+        command += ["--dtype", "float32"]
     command += ["--lora-paths", *(f"{name}={adapter.source}" for name, (adapter, _) in adapters.items())]
     with log.open("w") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)

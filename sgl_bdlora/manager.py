@@ -16,7 +16,6 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from sgl_bdlora import config
 from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, read_adapter
-from sgl_bdlora.kernels.batch import group_rows
 from sgl_bdlora.layers.host import host_layers
 from sgl_bdlora.layers.linear import LoRALinearMethod
 from sgl_bdlora.memory_pool import MemoryPool
@@ -157,9 +156,9 @@ class BDLoRAManager(LoRAManager):
         self.memory_pool.ensure({uid: self.shards[uid] for uid in wanted}, protected=self._pinned())
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
-        """Group the batch's rows by adapter, once for all layers."""
+        """Say which rows belong to which adapter, once for all layers."""
         adapters = [None if uid is None else self.memory_pool.get(uid) for uid in forward_batch.lora_ids]
-        self.lora_backend.set_batch(group_rows(adapters, _rows_per_request(forward_batch), self.device))
+        self.lora_backend.set_batch(adapters, _rows_per_request(forward_batch))
 
     def _pinned(self) -> set[str]:
         return {uid for uid, ref in self.lora_refs.items() if ref.pinned}

@@ -28,10 +28,14 @@ class LayerWeights:
     slices: tuple
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Resident:
-    """An adapter whose weights are in the arena. blocks: host layer path -> (offset, numel) in elements."""
+    """An adapter whose weights are in the arena; one object per load.
 
+    number: counts loads, the same on every rank. blocks: host layer path -> (offset, numel) in elements.
+    """
+
+    number: int
     shard: AdapterShard
     blocks: dict[str, tuple[int, int]]
     layers: dict[str, LayerWeights]
@@ -84,6 +88,7 @@ class MemoryPool:
         self.max_loras_per_batch = max_loras_per_batch
         self._space = FreeList(self.arena.numel())
         self._resident: OrderedDict[str, Resident] = OrderedDict()
+        self.loads = 0
 
     @property
     def budget(self) -> int:
@@ -156,7 +161,8 @@ class MemoryPool:
 
     def _install(self, uid: str, shard: AdapterShard, blocks: dict[str, tuple[int, int]]) -> None:
         self._copy(shard, blocks)
-        self._resident[uid] = Resident(shard, blocks, self._views(shard, blocks))
+        self.loads += 1
+        self._resident[uid] = Resident(self.loads, shard, blocks, self._views(shard, blocks))
 
     def _place(self, shard: AdapterShard) -> dict[str, tuple[int, int]] | None:
         """Offsets for every layer's block: one run if there is one, so that the copy is one too; else wherever blocks fit."""

@@ -1,47 +1,53 @@
-"""Which rows of a batch belong to which adapter."""
+"""Which rows of a forward pass belong to which adapter, and those adapters' weights side by side."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from sgl_bdlora.kernels.stack import StackedLayer, stack_layer
 from sgl_bdlora.memory_pool import Resident
 
 
-@dataclass(frozen=True)
-class Segment:
-    """All rows of one adapter. rows: a slice when they are consecutive (no copy is needed), else an int64 index tensor."""
+class AdapterSet:
+    """The adapters of a batch, in a fixed order. Stacks a host layer's weights when it is first asked for them.
 
-    adapter: Resident
-    rows: slice | torch.Tensor
+    Decode steps keep the same adapters for many tokens, so one set serves many batches.
+    """
+
+    def __init__(self, adapters: Sequence[Resident]):
+        self.adapters = tuple(adapters)
+        self._layers: dict[str, StackedLayer | None] = {}
+
+    def layer(self, path: str, outputs: int) -> StackedLayer | None:
+        """The stacked weights of a host layer with `outputs` local outputs; None if no adapter of the set has any there."""
+        if path not in self._layers:
+            self._layers[path] = stack_layer([adapter.layers.get(path) for adapter in self.adapters], outputs)
+        return self._layers[path]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The adapted rows of one forward pass; base-only rows are in no segment and cost nothing."""
+    """One forward pass. owner: (rows,) int64, each row's adapter as an index into the set, -1 for the base model."""
 
-    segments: tuple[Segment, ...]
-    tokens: int
+    adapters: AdapterSet
+    owner: torch.Tensor
 
 
-def group_rows(adapters: list[Resident | None], lengths: list[int], device: torch.device) -> Batch:
-    """Group a batch's rows by adapter.
+def make_batch(
+    adapters: Sequence[Resident | None], lengths: Sequence[int], device: torch.device, last: AdapterSet | None = None
+) -> Batch | None:
+    """The batch of these requests; None when all are for the base model.
 
-    adapters: per request, None for the base model. lengths: rows of each request, in the same order.
+    adapters: per request, None for the base model. lengths: rows of each request. last: the set of the batch before, taken
+    again when the adapters are the same.
     """
-    spans: dict[int, tuple[Resident, list[tuple[int, int]]]] = {}
-    start = 0
-    for adapter, length in zip(adapters, lengths, strict=True):
-        if adapter is not None and length:
-            runs = spans.setdefault(id(adapter), (adapter, []))[1]
-            if runs and runs[-1][1] == start:
-                runs[-1] = (runs[-1][0], start + length)
-            else:
-                runs.append((start, start + length))
-        start += length
-    return Batch(tuple(Segment(adapter, _rows(runs, device)) for adapter, runs in spans.values()), start)
-
-
-def _rows(runs: list[tuple[int, int]], device: torch.device) -> slice | torch.Tensor:
-    if len(runs) == 1:
-        return slice(*runs[0])
-    return torch.cat([torch.arange(*run) for run in runs]).to(device, non_blocking=True)
+    distinct = sorted({id(a): a for a in adapters if a is not None}.values(), key=lambda a: a.number)
+    if not distinct:
+        return None
+    if last is None or last.adapters != tuple(distinct):
+        last = AdapterSet(distinct)
+    index = {id(a): i for i, a in enumerate(distinct)}
+    owners = torch.tensor([-1 if a is None else index[id(a)] for a in adapters])
+    owner = owners.repeat_interleave(torch.tensor(lengths))
+    return Batch(last, owner.to(device, non_blocking=True))

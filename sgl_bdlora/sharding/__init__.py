@@ -1,11 +1,12 @@
 """Pure functions: (adapter structure, host layer) -> what one tensor-parallel rank holds. No SGLang import."""
 
 from sgl_bdlora.sharding.host import HostLayer, HostSlice, Span
-from sgl_bdlora.sharding.piece import PieceLayout, Sharding, layout_for, read_piece
+from sgl_bdlora.sharding.piece import Combine, PieceLayout, Sharding, layout_for, read_piece
 from sgl_bdlora.sharding.shard import AdapterShard, HostModel, LayerLayout, SliceLayout, layer_views, shard_adapter
 
 __all__ = [
     "AdapterShard",
+    "Combine",
     "HostLayer",
     "HostModel",
     "HostSlice",

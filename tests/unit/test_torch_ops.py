@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sgl_bdlora.kernels.batch import group_rows
+from sgl_bdlora.kernels.batch import make_batch
 from sgl_bdlora.kernels.torch_ops import add_lora
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard, LayerLayout, PieceLayout, SliceLayout, Span
@@ -83,8 +83,10 @@ def test_equals_the_dense_update(adapters, mix, lengths):
         if name is not None:
             wanted[start : start + length] += x[start : start + length].double() @ adapters[name][1].T
         start += length
-    batch = group_rows([adapters[name][0] if name else None for name in names], lengths, x.device)
-    assert len(batch.segments) == len({name for name in names if name})
+    batch = make_batch([adapters[name][0] if name else None for name in names], lengths, x.device)
+    if batch is None:
+        assert mix == "none"
+        return
     add_lora(y, x, batch, PATH, NoCollectives())
     assert torch.allclose(y.double(), wanted, atol=1e-4)
 
@@ -92,7 +94,7 @@ def test_equals_the_dense_update(adapters, mix, lengths):
 def test_base_rows_are_untouched_bit_for_bit(adapters):
     x, y = torch.randn(3, K), torch.randn(3, sum(N))
     before = y.clone()
-    add_lora(y, x, group_rows([None, adapters["bd"][0], None], [1, 1, 1], x.device), PATH, NoCollectives())
+    add_lora(y, x, make_batch([None, adapters["bd"][0], None], [1, 1, 1], x.device), PATH, NoCollectives())
     assert torch.equal(y[[0, 2]], before[[0, 2]])
     assert not torch.equal(y[1], before[1])
 
@@ -103,8 +105,30 @@ def test_other_layers_are_untouched(adapters):
     add_lora(
         y,
         x,
-        group_rows([adapters["bd"][0]] * 2, [1, 1], x.device),
+        make_batch([adapters["bd"][0]] * 2, [1, 1], x.device),
         "model.layers.1.self_attn.qkv_proj",
         NoCollectives(),
     )
     assert torch.equal(y, before)
+
+
+def test_a_set_is_taken_again_for_the_same_adapters(adapters):
+    bd, plain = adapters["bd"][0], adapters["plain"][0]
+    first = make_batch([bd, None, plain], [1, 1, 1], torch.device("cpu"))
+    again = make_batch([plain, plain, bd], [1, 1, 1], torch.device("cpu"), first.adapters)
+    assert again.adapters is first.adapters
+    assert again.owner.tolist() == [1, 1, 0]
+    assert make_batch([bd], [1], torch.device("cpu"), first.adapters).adapters is not first.adapters
+
+
+def test_overflow_in_one_adapter_does_not_reach_other_rows(adapters):
+    pool = MemoryPool(1 << 20, torch.float32, torch.device("cpu"), 4)
+    huge, _ = make("huge", 4, 1, 1, (0, 1, 2), 7)
+    huge.weights.fill_(3e38)
+    pool.ensure({"huge": huge})
+    x, y = torch.ones(3, K), torch.zeros(3, sum(N))
+    wanted = torch.zeros(sum(N), dtype=torch.float64) + torch.ones(K).double() @ adapters["bd"][1].T
+    add_lora(y, x, make_batch([adapters["bd"][0], pool.get("huge"), None], [1, 1, 1], x.device), PATH, NoCollectives())
+    assert torch.allclose(y[0].double(), wanted, atol=1e-4)
+    assert not torch.isfinite(y[1]).all()
+    assert torch.equal(y[2], torch.zeros(sum(N)))
