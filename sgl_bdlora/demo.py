@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(results_table(requests, answers, tp))
         if args.once:
             return 0
-        console.print(how_to_call(args.port, requests[1]))
+        # Not through the console, which would break the command into lines.
+        print(how_to_call(args.port, requests[1]), flush=True)
         while server.poll() is None:
             time.sleep(0.5)
         raise DemoError(
