@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 demo: $(STAMP) ## Serve the demo model with eight adapters, send a mixed batch, stay up
-	@$(PY) -m sgl_bdlora.demo --port $(PORT)
+	@$(PY) -m sgl_bdlora.demo --port $(PORT) $(DEMO)
 
 test: $(STAMP) ## Run the default test suite
 	@$(PY) -m pytest -m "not slow and not gpu"
