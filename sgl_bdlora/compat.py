@@ -54,6 +54,13 @@ NAMES: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.layers.linear.ReplicatedLinear": None,
     "sglang.srt.layers.linear.RowParallelLinear.forward": ("self", "input_", "skip_all_reduce"),
     "sglang.srt.layers.utils.get_layer_id": ("weight_name",),
+    "sglang.srt.managers.scheduler.Scheduler.get_internal_state": ("self", "recv_req"),
+    "sglang.srt.managers.io_struct.GetInternalStateReqOutput": None,
+    "sglang.srt.entrypoints.http_server.launch_server": ("server_args",),
+    "sglang.srt.entrypoints.http_server.app": None,
+    "sglang.srt.entrypoints.http_server._global_state": None,
+    "sglang.srt.utils.auth.AuthLevel.ADMIN_OPTIONAL": None,
+    "sglang.srt.utils.auth.auth_level": ("level",),
     "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes": (
         "server_args",
         "port_args",
@@ -77,9 +84,14 @@ NAMES: dict[str, tuple[str, ...] | None] = {
 }
 
 
-def check() -> list[tuple[str, str]]:
+# Modules that only the launcher needs; importing them costs every other process a second.
+LAUNCHER_ONLY = ("sglang.launch_server.", "sglang.srt.entrypoints.http_server.")
+
+
+def check(launcher: bool = True) -> list[tuple[str, str]]:
     """(name, problem) for every row; the problem is empty where the name is as expected."""
-    return [(name, _problem(name, parameters)) for name, parameters in NAMES.items()]
+    names = {name: p for name, p in NAMES.items() if launcher or not name.startswith(LAUNCHER_ONLY)}
+    return [(name, _problem(name, parameters)) for name, parameters in names.items()]
 
 
 def version_problem() -> str:
@@ -92,9 +104,9 @@ def version_problem() -> str:
     )
 
 
-def require() -> None:
+def require(launcher: bool) -> None:
     """End the process, naming every mismatch, when the host is not the one this package was written for."""
-    problems = [f"{name}: {problem}" for name, problem in check() if problem]
+    problems = [f"{name}: {problem}" for name, problem in check(launcher) if problem]
     if version_problem():
         problems.insert(0, version_problem())
     if problems:

@@ -5,6 +5,7 @@ know (sglang/srt/lora/lora_manager.py); what an adapter is and where its weights
 """
 
 import logging
+import time
 
 import torch
 from sglang.srt.distributed import get_tp_group
@@ -39,6 +40,7 @@ class BDLoRAManager(LoRAManager):
         self.sharding = options.lora_sharding
         self.shards: dict[str, AdapterShard] = {}
         self.lora_refs: dict[str, LoRARef] = {}
+        self.last_used: dict[str, float] = {}
         self.num_pinned_loras = 0
         self.target_modules = None if not target_modules or "all" in target_modules else set(target_modules)
 
@@ -139,6 +141,7 @@ class BDLoRAManager(LoRAManager):
             )
         self.memory_pool.remove(known.lora_id)
         del self.shards[known.lora_id]
+        self.last_used.pop(known.lora_id, None)
         self.num_pinned_loras -= int(bool(known.pinned))
         return self.create_lora_update_result(success=True)
 
@@ -153,6 +156,7 @@ class BDLoRAManager(LoRAManager):
     def fetch_new_loras(self, new_loras: set[str | None], running_loras: frozenset[str | None] = frozenset()) -> None:
         """Make the adapters of the next batch resident."""
         wanted = (new_loras | running_loras) - {None}
+        self.last_used.update(dict.fromkeys(wanted, time.time()))
         self.memory_pool.ensure({uid: self.shards[uid] for uid in wanted}, protected=self._pinned())
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:

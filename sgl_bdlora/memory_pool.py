@@ -75,7 +75,7 @@ class FreeList:
 
 
 class MemoryPool:
-    """Fixed arena of adapter weights on one rank.
+    """Fixed arena of adapter weights on one rank; counts its loads and evictions.
 
     Args:
         budget: bytes of device memory, all taken at start so that the KV cache is sized around it.
@@ -89,6 +89,7 @@ class MemoryPool:
         self._space = FreeList(self.arena.numel())
         self._resident: OrderedDict[str, Resident] = OrderedDict()
         self.loads = 0
+        self.evictions = 0
 
     @property
     def budget(self) -> int:
@@ -141,6 +142,7 @@ class MemoryPool:
             victim = next((other for other in self._resident if other not in keep), None)
             if victim is not None:
                 self.remove(victim)
+                self.evictions += 1
             elif shard.weights.numel() <= self._space.free:
                 self._compact()
             else:

@@ -5,6 +5,7 @@ logs a plugin's exceptions and carries on unpatched, so everything that must not
 """
 
 import logging
+import multiprocessing
 import os
 
 from sgl_bdlora import config, cpu
@@ -19,7 +20,8 @@ def register() -> None:
     cpu.prepare_environment()
     from sgl_bdlora import compat
 
-    compat.require()
+    launcher = multiprocessing.parent_process() is None
+    compat.require(launcher)
     refuse_environment()
     _register_backend()
     _hook("sglang.srt.server_args.ServerArgs.add_cli_args", _after_add_cli_args, "AFTER")
@@ -27,6 +29,9 @@ def register() -> None:
     _hook("sglang.srt.server_args.ServerArgs.check_lora_server_args", _before_check_lora_server_args, "BEFORE")
     _hook("sglang.srt.model_executor.model_runner.ModelRunner.init_lora_manager", _around_init_lora_manager, "AROUND")
     _hook("sglang.srt.lora.lora_manager.LoRAManager.validate_new_adapter", _before_validate_new_adapter, "BEFORE")
+    _hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _after_get_internal_state, "AFTER")
+    if launcher:
+        _hook("sglang.srt.entrypoints.http_server.launch_server", _before_launch_server, "BEFORE")
     cpu.register_hooks(_hook)
     logger.info("sgl-bdlora: %d hooks on sglang %s", len(_targets), compat.SGLANG_VERSION)
 
@@ -116,3 +121,17 @@ def _before_validate_new_adapter(manager, lora_config, lora_ref) -> None:
                 f"Adapter {lora_ref.lora_name!r}: adapter_config.json has {field}={lora_config.hf_config[field]!r}, which SGLang's own "
                 f"LoRA back ends ignore. Start the server with --lora-backend {config.BACKEND}."
             )
+
+
+def _after_get_internal_state(result, scheduler, recv_req) -> None:
+    from sgl_bdlora import info
+
+    info.after_get_internal_state(result, scheduler, recv_req)
+
+
+def _before_launch_server(server_args, *args, **kwargs) -> None:
+    from sglang.srt.entrypoints.http_server import app
+
+    from sgl_bdlora import info
+
+    info.add_route(app)

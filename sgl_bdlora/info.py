@@ -1,0 +1,107 @@
+"""`GET /bdlora/info`: what is loaded, how it is sharded, and what it costs on every rank.
+
+The numbers live in the scheduler processes. SGLang's own `get_internal_state` request already goes to every rank, so the answer
+travels with it; the route only unwraps it.
+"""
+
+import time
+from collections import Counter
+
+import torch
+from sglang.srt.distributed import get_tp_group
+
+STATE_KEY = "bdlora"
+
+
+def describe(manager, running: Counter) -> dict:
+    """The state of one engine; a collective call among its tensor-parallel ranks.
+
+    manager: this rank's BDLoRAManager. running: adapter id -> running requests. Lists are by rank; sizes in bytes; times in
+    seconds since the epoch.
+    """
+    pool = manager.memory_pool
+    mine = {
+        "pool_bytes": pool.budget,
+        "pool_used_bytes": pool.used,
+        "adapters": {
+            uid: {
+                "host_bytes": shard.nbytes,
+                "pool_bytes": shard.nbytes if pool.get(uid) else 0,
+                "local_ranks": shard.local_ranks,
+            }
+            for uid, shard in manager.shards.items()
+        },
+    }
+    ranks = _all_ranks(mine, manager.tp_size)
+    return {
+        "time": time.time(),
+        "tp_size": manager.tp_size,
+        "lora_sharding": manager.sharding,
+        "max_lora_rank": manager.max_lora_rank,
+        "max_loras_per_batch": manager.max_loras_per_batch,
+        "pool": {
+            "bytes": [rank["pool_bytes"] for rank in ranks],
+            "used_bytes": [rank["pool_used_bytes"] for rank in ranks],
+            "resident_adapters": sum(pool.get(uid) is not None for uid in manager.shards),
+            "loads": pool.loads,
+            "evictions": pool.evictions,
+        },
+        "collectives_per_step": max((shard.collectives for shard in manager.shards.values()), default=0),
+        "adapters": [_adapter(manager, uid, ranks, running) for uid in manager.shards],
+    }
+
+
+def _adapter(manager, uid: str, ranks: list[dict], running: Counter) -> dict:
+    ref, shard = manager.lora_refs[uid], manager.shards[uid]
+    return {
+        "name": ref.lora_name,
+        "path": ref.lora_path,
+        "kind": shard.kind,
+        "nblocks": shard.nblocks,
+        "rank": shard.rank,
+        "local_ranks": [rank["adapters"][uid]["local_ranks"] for rank in ranks],
+        "host_bytes": [rank["adapters"][uid]["host_bytes"] for rank in ranks],
+        "pool_bytes": [rank["adapters"][uid]["pool_bytes"] for rank in ranks],
+        "resident": manager.memory_pool.get(uid) is not None,
+        "pinned": bool(ref.pinned),
+        "collectives_per_step": shard.collectives,
+        "requests_running": running[uid],
+        "last_used": manager.last_used.get(uid),
+    }
+
+
+def _all_ranks(mine: dict, tp_size: int) -> list[dict]:
+    if tp_size == 1:
+        return [mine]
+    everyone: list = [None] * tp_size
+    torch.distributed.all_gather_object(everyone, mine, group=get_tp_group().cpu_group)
+    return everyone
+
+
+def after_get_internal_state(result, scheduler, recv_req):
+    """Hook of Scheduler.get_internal_state: every rank runs it for the same request."""
+    from sgl_bdlora.manager import BDLoRAManager
+
+    manager = getattr(scheduler.tp_worker.model_runner, "lora_manager", None)
+    if isinstance(manager, BDLoRAManager):
+        running = Counter(req.lora_id for req in scheduler.running_batch.reqs if req.lora_id is not None)
+        result.internal_state[STATE_KEY] = describe(manager, running)
+
+
+def add_route(app) -> None:
+    """Add GET /bdlora/info to SGLang's FastAPI application, with the authentication of its admin routes."""
+    from fastapi.responses import ORJSONResponse
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.utils.auth import AuthLevel, auth_level
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def bdlora_info():
+        """What the bdlora LoRA back end has loaded."""
+        states = await http_server._global_state.tokenizer_manager.get_internal_state()
+        found = [state[STATE_KEY] for state in states if STATE_KEY in state]
+        if not found:
+            message = "this server does not run --lora-backend bdlora with --enable-lora"
+            return ORJSONResponse({"error": {"message": message}}, status_code=404)
+        return found[0]
+
+    app.add_api_route("/bdlora/info", bdlora_info, methods=["GET"])

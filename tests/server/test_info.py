@@ -1,0 +1,57 @@
+"""GET /bdlora/info says what is loaded, and its bytes are those of the sharding formulas."""
+
+import httpx
+import pytest
+from servers import LLAMA, QWEN3, on
+
+from sgl_bdlora.adapters import read_adapter
+
+
+def info(live) -> dict:
+    response = httpx.get(f"{live.server.base_url}/bdlora/info", timeout=60)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@on(LLAMA, QWEN3)
+@pytest.mark.parametrize("recipe", ["bd4-r16", "plain-r32", "bd4-mixed"])
+def test_a_loaded_adapter_is_described(live, recipe):
+    live.server.generate([live.ask(recipe)])
+    state = info(live)
+    adapter = read_adapter(live.folder(recipe), recipe)
+    entry = next(a for a in state["adapters"] if a["name"] == recipe)
+    assert state["tp_size"] == live.served.tp
+    assert state["lora_sharding"] == "replicated"
+    assert (entry["kind"], entry["rank"], entry["nblocks"]) == (adapter.kind, adapter.rank, adapter.nblocks)
+    assert entry["resident"]
+    assert entry["pool_bytes"] == entry["host_bytes"]
+    assert len(entry["local_ranks"]) == live.served.tp
+    assert entry["collectives_per_step"] == state["collectives_per_step"] == 0
+    assert 0 <= state["time"] - entry["last_used"] < 60
+    assert entry["requests_running"] == 0
+
+
+@on(LLAMA)
+def test_bytes_per_rank_are_the_formulas(live):
+    """4 bytes a parameter; per rank at TP 2: a plain column layer r k + r n / 2, a block-diagonal one of 2 blocks half of that."""
+    for recipe, share in (("plain-r32", None), ("bd2-r8", 2)):
+        live.ensure(recipe)
+        adapter = read_adapter(live.folder(recipe), recipe)
+        entry = next(a for a in info(live)["adapters"] if a["name"] == recipe)
+        expected = 0
+        for path, m in adapter.modules.items():
+            row = path.endswith(("o_proj", "down_proj"))
+            a, b = m.rank * m.in_features, m.rank * m.out_features
+            if share:
+                expected += (a // 4 + b // 2) if row else (a // 2 + b // 4)
+            else:
+                expected += (a // 2 + b) if row else (a + b // 2)
+        assert entry["host_bytes"] == [4 * expected] * 2
+
+
+@on(LLAMA)
+def test_unloaded_adapters_are_gone(live):
+    live.load("passing", live.folder("bd2-r8"))
+    assert "passing" in {a["name"] for a in info(live)["adapters"]}
+    live.unload("passing")
+    assert "passing" not in {a["name"] for a in info(live)["adapters"]}
