@@ -6,10 +6,10 @@ from sgl_bdlora import config, cpu, defaults
 
 cpu.prepare_environment()
 
-import sglang  # noqa: E402
+from sglang.srt.entrypoints import engine  # noqa: E402
 
 
-class Engine(sglang.Engine):
+class Engine(engine.Engine):
     """`sglang.Engine` with LoRA enabled on the bdlora back end.
 
     Takes sglang.Engine's arguments (fields of ServerArgs) and those of `config.Options` by name; whatever the caller gives wins.
