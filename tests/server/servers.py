@@ -10,10 +10,16 @@ LLAMA = Served("llama", 2, ("--chunked-prefill-size", "32"))
 QWEN3 = Served("qwen3", 4, ("--lora-pool-gb", "0.0005"))
 QWEN2 = Served("qwen2", 1)
 GEMMA = Served("gemma3", 2)
-DEFAULT = (LLAMA, QWEN3, QWEN2, GEMMA)
+S_LORA = Served("llama", 2, ("--lora-sharding", "s-lora"))
+DEFAULT = (LLAMA, QWEN3, QWEN2, GEMMA, S_LORA)
 
 _RUN = {(served.family, served.tp) for served in DEFAULT}
-SLOW = tuple(Served(family, tp) for family in FAMILIES for tp in (1, 2, 4) if (family, tp) not in _RUN)
+# Ranks that do not divide by TP, repeated kv heads, and a single rank, where there is nothing to gather.
+SLOW_S_LORA = tuple(Served(family, tp, S_LORA.arguments) for family, tp in (("qwen3", 4), ("mistral", 4), ("llama", 1)))
+SLOW = (
+    *(Served(family, tp) for family in FAMILIES for tp in (1, 2, 4) if (family, tp) not in _RUN),
+    *SLOW_S_LORA,
+)
 
 
 def on(*servers: Served):

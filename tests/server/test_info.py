@@ -2,7 +2,7 @@
 
 import httpx
 import pytest
-from servers import LLAMA, QWEN3, on
+from servers import LLAMA, QWEN3, S_LORA, on
 
 from sgl_bdlora.adapters import read_adapter
 
@@ -55,3 +55,15 @@ def test_unloaded_adapters_are_gone(live):
     assert "passing" in {a["name"] for a in info(live)["adapters"]}
     live.unload("passing")
     assert "passing" not in {a["name"] for a in info(live)["adapters"]}
+
+
+@on(S_LORA)
+def test_s_lora_splits_plain_adapters_evenly(live):
+    live.server.generate([live.ask("plain-r32"), live.ask("bd2-r8")])
+    state = info(live)
+    entries = {a["name"]: a for a in state["adapters"]}
+    adapter = read_adapter(live.folder("plain-r32"), "plain-r32")
+    total = sum(m.rank * (m.in_features + m.out_features) for m in adapter.modules.values())
+    assert entries["plain-r32"]["host_bytes"] == [4 * total // 2] * 2
+    assert entries["plain-r32"]["collectives_per_step"] == state["collectives_per_step"] == 8
+    assert entries["bd2-r8"]["collectives_per_step"] == 0
