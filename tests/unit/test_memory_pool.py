@@ -41,6 +41,22 @@ def test_an_adapter_costs_what_it_weighs():
     assert where.used == 11 * shard("one", 8).nbytes
 
 
+def test_small_adapters_do_not_pay_for_large_ones():
+    """100 adapters of rank 8 and 4 of rank 128 in a pool of just their weight, through churn that scatters its gaps."""
+    shards = {f"small{i}": shard(f"small{i}", 8) for i in range(100)} | {
+        f"large{i}": shard(f"large{i}", 128) for i in range(4)
+    }
+    where = pool(100 + 4 * 128 / 8)
+    rng = random.Random(1)
+    for _ in range(300):
+        where.ensure({uid: shards[uid] for uid in rng.sample(sorted(shards), 3)})
+        where.remove(rng.choice(sorted(shards)))
+    where.ensure(shards)
+    assert where.used == where.budget == sum(s.nbytes for s in shards.values())
+    assert where.arena.nbytes == where.budget
+    assert all(holds(where, uid, shards[uid]) for uid in shards)
+
+
 def test_least_recently_used_goes_first_and_protected_stay():
     where = pool(3)
     shards = {name: shard(name, 8) for name in "abcde"}
