@@ -19,7 +19,7 @@ from sgl_bdlora import config
 from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, read_adapter
 from sgl_bdlora.layers.host import host_layers
 from sgl_bdlora.layers.linear import LoRALinearMethod
-from sgl_bdlora.memory_pool import MemoryPool
+from sgl_bdlora.memory_pool import MemoryPool, Resident
 from sgl_bdlora.sharding import AdapterShard, HostModel, shard_adapter
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class BDLoRAManager(LoRAManager):
             adapter: Adapter = read()
             self._check_rank(adapter)
             shard = shard_adapter(adapter, self.host, self.dtype, self.sharding, pin=self.device.type == "cuda")
-            self._check_bytes(shard)
+            self._check_bytes(shard, bool(lora_ref.pinned))
         except AdapterError as refusal:
             error = str(refusal)
         except Exception as failure:
@@ -125,13 +125,19 @@ class BDLoRAManager(LoRAManager):
                 "raise --max-lora-rank",
             )
 
-    def _check_bytes(self, shard: AdapterShard) -> None:
-        if not self.memory_pool.fits([shard]):
-            raise AdapterError(
-                shard.name,
-                f"its weights take {shard.nbytes} bytes on a rank, and the LoRA memory pool has {self.memory_pool.budget}",
-                "raise --lora-pool-gb",
-            )
+    def _check_bytes(self, shard: AdapterShard, pinned: bool) -> None:
+        """Refuse what could never become resident, or would keep another adapter from it: its requests would wait for ever."""
+        pinned_ids = self._pinned()
+        fixed = sum(self.shards[uid].nbytes for uid in pinned_ids)
+        unpinned = max((other.nbytes for uid, other in self.shards.items() if uid not in pinned_ids), default=0)
+        if fixed + shard.nbytes + (unpinned if pinned else 0) <= self.memory_pool.budget:
+            return
+        raise AdapterError(
+            shard.name,
+            f"its weights take {shard.nbytes} bytes on a rank; the LoRA memory pool has {self.memory_pool.budget}, of which pinned "
+            f"adapters keep {fixed}" + (f", and the largest unpinned one needs {unpinned}" if pinned else ""),
+            "raise --lora-pool-gb, or pin fewer adapters",
+        )
 
     def _unload_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
         known = self.lora_refs.pop(lora_ref.lora_id, None)
@@ -161,8 +167,15 @@ class BDLoRAManager(LoRAManager):
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         """Say which rows belong to which adapter, once for all layers."""
-        adapters = [None if uid is None else self.memory_pool.get(uid) for uid in forward_batch.lora_ids]
+        adapters = [None if uid is None else self._resident(uid) for uid in forward_batch.lora_ids]
         self.lora_backend.set_batch(adapters, _rows_per_request(forward_batch))
+
+    def _resident(self, uid: str) -> Resident:
+        resident = self.memory_pool.get(uid)
+        if resident is None:
+            # Going on would answer with the base model under the adapter's name.
+            raise RuntimeError(f"sgl-bdlora: adapter id {uid} of the batch is not resident")
+        return resident
 
     def _pinned(self) -> set[str]:
         return {uid for uid, ref in self.lora_refs.items() if ref.pinned}
