@@ -28,7 +28,7 @@ demo: $(STAMP) ## Serve the demo model with eight adapters, send a mixed batch, 
 test: $(STAMP) ## Run the default test suite
 	@$(PY) -m pytest -m "not slow and not gpu"
 
-test-all: $(STAMP) ## Run the whole test matrix (about an hour on 2 cores)
+test-all: $(STAMP) ## Run the whole test matrix (about 20 minutes on 2 cores)
 	@$(PY) -m pytest -m "not gpu"
 
 lint: $(STAMP) ## Check style
