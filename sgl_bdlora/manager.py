@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class BDLoRAManager(LoRAManager):
-    """Serves block-diagonal and plain adapters of any ranks in one batch, without a LoRA collective."""
+    """Serves block-diagonal and plain adapters of any ranks in one batch; only S-LoRA pieces meet in a collective."""
 
     def __init__(self, *args, server_args, **kwargs):
         refuse_unsupported(server_args)
