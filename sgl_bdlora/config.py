@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("block-diagonal LoRA (sgl-bdlora), with --lora-backend bdlora")
     group.add_argument(
         "--lora-pool-gb",
-        type=float,
+        type=_positive,
         default=None,
         metavar="GIB",
         help="Device memory per tensor-parallel rank for adapter weights, in GiB. Adapters take only what the rank's pieces "
@@ -69,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and B of row-parallel layers whole on every rank, no collective. s-lora: everything split, with an all-gather or all-reduce "
         f"between shrink and expand, 4 a decoder layer. Block-diagonal adapters are local under both. Default: {Options.lora_sharding}.",
     )
+
+
+def _positive(word: str) -> float:
+    value = float(word)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"has to be a positive number of GiB, got {word}")
+    return value
 
 
 def capture(args: argparse.Namespace) -> None:

@@ -2,8 +2,10 @@
 
 import ctypes
 import importlib
+import logging
 import os
 import signal
+import warnings
 
 PR_SET_PDEATHSIG = 1
 MODULES = ("sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager", "sglang.srt.models.registry")
@@ -31,8 +33,14 @@ def follow_launcher(launcher: int) -> None:
 
 
 follow_launcher(os.getppid())
-for module in MODULES:
-    importlib.import_module(module)
+# What SGLang says while it is imported is about accelerators that this machine does not have.
+sglang_logger = logging.getLogger("sglang")
+sglang_logger.setLevel(logging.ERROR)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    for module in MODULES:
+        importlib.import_module(module)
+sglang_logger.setLevel(logging.NOTSET)
 # Hooks are put in place once, before forking: each walks all of SGLang's modules.
 load_plugins = importlib.import_module("sglang.srt.plugins").load_plugins
 load_plugins()
