@@ -6,6 +6,7 @@ know (sglang/srt/lora/lora_manager.py); what an adapter is and where its weights
 
 import logging
 import time
+from collections.abc import Iterable
 
 import torch
 from sglang.srt.distributed import get_tp_group
@@ -20,7 +21,8 @@ from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, rea
 from sgl_bdlora.layers.host import host_layers
 from sgl_bdlora.layers.linear import LoRALinearMethod
 from sgl_bdlora.memory_pool import MemoryPool, Resident
-from sgl_bdlora.sharding import AdapterShard, HostModel, shard_adapter
+from sgl_bdlora.prefetch import prefetch
+from sgl_bdlora.sharding import AdapterShard, HostModel, even_out, layer_sizes, shard_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class BDLoRAManager(LoRAManager):
         self.shards: dict[str, AdapterShard] = {}
         self.lora_refs: dict[str, LoRARef] = {}
         self.last_used: dict[str, float] = {}
+        self.awaited: set[str] = set()
         self.num_pinned_loras = 0
         self.target_modules = None if not target_modules or "all" in target_modules else set(target_modules)
 
@@ -81,13 +84,20 @@ class BDLoRAManager(LoRAManager):
             adapter: Adapter = read()
             self._check_rank(adapter)
             shard = shard_adapter(adapter, self.host, self.dtype, self.sharding, pin=self.device.type == "cuda")
-            self._check_bytes(shard, bool(lora_ref.pinned))
         except AdapterError as refusal:
             error = str(refusal)
         except Exception as failure:
             logger.exception("sgl-bdlora: loading adapter %r failed", lora_ref.lora_name)
             error = f"LoRA adapter {lora_ref.lora_name!r}: {type(failure).__name__}: {failure}"
-        error = self._first_error(error)
+        ranks = self._all_ranks((error, layer_sizes(shard) if shard else {}))
+        error = next((theirs for theirs, _ in ranks if theirs is not None), None)
+        if error is None:
+            # Every rank compares the same numbers from here on, so all of them refuse or none.
+            try:
+                shard = even_out(shard, [sizes for _, sizes in ranks])
+                self._check_bytes(shard, bool(lora_ref.pinned))
+            except AdapterError as refusal:
+                error = str(refusal)
         if error is not None:
             return self.create_lora_update_result(success=False, error_message=error)
         self.shards[lora_ref.lora_id] = shard
@@ -95,13 +105,13 @@ class BDLoRAManager(LoRAManager):
         self.num_pinned_loras += int(bool(lora_ref.pinned))
         return self.create_lora_update_result(success=True)
 
-    def _first_error(self, error: str | None) -> str | None:
-        """The first rank's error, if any rank has one: a load that fails on one rank has to fail on all."""
+    def _all_ranks(self, mine):
+        """Every rank's `mine`, in order of rank."""
         if self.tp_size == 1:
-            return error
-        errors: list[str | None] = [None] * self.tp_size
-        torch.distributed.all_gather_object(errors, error, group=get_tp_group().cpu_group)
-        return next((e for e in errors if e is not None), None)
+            return [mine]
+        everyone: list = [None] * self.tp_size
+        torch.distributed.all_gather_object(everyone, mine, group=get_tp_group().cpu_group)
+        return everyone
 
     def _check_ref(self, lora_ref: LoRARef) -> None:
         name = lora_ref.lora_name
@@ -153,9 +163,14 @@ class BDLoRAManager(LoRAManager):
 
     # Batches
 
+    def prefetch(self, running: set[str | None], waiting: Iterable[str | None]) -> None:
+        """Before a scheduling round: see prefetch.prefetch. None stands for the base model."""
+        ids = (uid for uid in waiting if uid is not None)
+        self.awaited = prefetch(self.memory_pool, self.shards, running - {None}, ids, self._pinned())
+
     def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
-        """Whether requests for these adapters (None: the base model) can run in one batch beside the pinned ones."""
-        if len(lora_ids) > self.max_loras_per_batch:
+        """Whether requests for these adapters (None: the base model) can run now, in one batch and beside the pinned ones."""
+        if len(lora_ids) > self.max_loras_per_batch or lora_ids & self.awaited:
             return False
         return self.memory_pool.fits([self.shards[uid] for uid in (lora_ids - {None}) | self._pinned()])
 
@@ -168,6 +183,9 @@ class BDLoRAManager(LoRAManager):
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         """Say which rows belong to which adapter, once for all layers."""
         adapters = [None if uid is None else self._resident(uid) for uid in forward_batch.lora_ids]
+        self.memory_pool.copies.read_by_current_stream()
+        for resident in {id(a): a for a in adapters if a is not None}.values():
+            resident.arrival.wait()
         self.lora_backend.set_batch(adapters, _rows_per_request(forward_batch))
 
     def _resident(self, uid: str) -> Resident:
@@ -182,7 +200,10 @@ class BDLoRAManager(LoRAManager):
 
 
 def _rows_per_request(forward_batch: ForwardBatch) -> list[int]:
-    if forward_batch.forward_mode.is_extend():
+    mode = forward_batch.forward_mode
+    if mode.is_target_verify():
+        return [forward_batch.spec_info.draft_token_num] * forward_batch.batch_size
+    if mode.is_extend():
         return list(forward_batch.extend_seq_lens_cpu)
     return [1] * forward_batch.batch_size
 
@@ -193,7 +214,8 @@ def refuse_unsupported(server_args) -> None:
     for option, given in (
         ("--pp-size above 1", server_args.pp_size > 1),
         ("--enable-dp-attention", server_args.enable_dp_attention),
-        ("--speculative-algorithm", server_args.speculative_algorithm is not None),
+        # SGLang itself refuses every other algorithm together with LoRA.
+        ("--speculative-algorithm", server_args.speculative_algorithm not in (None, "NGRAM")),
         ("--enable-lora-overlap-loading", server_args.enable_lora_overlap_loading),
         ("CUDA graphs (missing --disable-cuda-graph)", graphs),
     ):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sgl_bdlora.copies import Arrival, Copies
 from sgl_bdlora.sharding import AdapterShard, layer_views
 
 
@@ -33,12 +34,14 @@ class Resident:
     """An adapter whose weights are in the arena; one object per load.
 
     number: counts loads, the same on every rank. blocks: host layer path -> (offset, numel) in elements.
+    arrival: the end of the copy, which a stream has to wait for before it reads the weights.
     """
 
     number: int
     shard: AdapterShard
     blocks: dict[str, tuple[int, int]]
     layers: dict[str, LayerWeights]
+    arrival: Arrival
 
 
 class PoolFull(RuntimeError):
@@ -86,6 +89,7 @@ class MemoryPool:
     def __init__(self, budget: int, dtype: torch.dtype, device: torch.device, max_loras_per_batch: int):
         self.arena = torch.empty(budget // dtype.itemsize, dtype=dtype, device=device)
         self.max_loras_per_batch = max_loras_per_batch
+        self.copies = Copies(device)
         self._space = FreeList(self.arena.numel())
         self._resident: OrderedDict[str, Resident] = OrderedDict()
         self.loads = 0
@@ -162,9 +166,9 @@ class MemoryPool:
             self._install(uid, shard, self._place(shard))
 
     def _install(self, uid: str, shard: AdapterShard, blocks: dict[str, tuple[int, int]]) -> None:
-        self._copy(shard, blocks)
+        arrival = self.copies.run(lambda: self._copy(shard, blocks))
         self.loads += 1
-        self._resident[uid] = Resident(self.loads, shard, blocks, self._views(shard, blocks))
+        self._resident[uid] = Resident(self.loads, shard, blocks, self._views(shard, blocks), arrival)
 
     def _place(self, shard: AdapterShard) -> dict[str, tuple[int, int]] | None:
         """Offsets for every layer's block: one run if there is one, so that the copy is one too; else wherever blocks fit."""

@@ -30,6 +30,13 @@ def register() -> None:
     _hook("sglang.srt.model_executor.model_runner.ModelRunner.init_lora_manager", _around_init_lora_manager, "AROUND")
     _hook("sglang.srt.lora.lora_manager.LoRAManager.validate_new_adapter", _before_validate_new_adapter, "BEFORE")
     _hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _after_get_internal_state, "AFTER")
+    _hook("sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill", _before_get_new_batch_prefill, "BEFORE")
+    _hook(
+        "sglang.srt.layers.vocab_parallel_embedding.VocabParallelEmbedding._embed_local_shard",
+        _around_embed_local_shard,
+        "AROUND",
+    )
+    _hook("sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head", _around_compute_lm_head, "AROUND")
     if launcher:
         _hook("sglang.srt.entrypoints.http_server.launch_server", _before_launch_server, "BEFORE")
     cpu.register_hooks(_hook)
@@ -127,6 +134,31 @@ def _after_get_internal_state(result, scheduler, recv_req) -> None:
     from sgl_bdlora import info
 
     info.after_get_internal_state(result, scheduler, recv_req)
+
+
+def _before_get_new_batch_prefill(scheduler, running_batch) -> None:
+    if not scheduler.enable_lora or scheduler.server_args.lora_backend != config.BACKEND:
+        return
+    running = {req.lora_id for req in running_batch.reqs if not req.finished()}
+    if scheduler.chunked_req is not None:
+        running.add(scheduler.chunked_req.lora_id)
+    scheduler.tp_worker.model_runner.lora_manager.prefetch(running, (req.lora_id for req in scheduler.waiting_queue))
+
+
+def _around_embed_local_shard(original, layer, input_):
+    from sgl_bdlora.layers import embedding
+
+    output = original(layer, input_)
+    embedding.add_to_embedding(layer, output, input_)
+    return output
+
+
+def _around_compute_lm_head(original, processor, hidden_states, lm_head, *args, **kwargs):
+    from sgl_bdlora.layers import embedding
+
+    logits = original(processor, hidden_states, lm_head, *args, **kwargs)
+    embedding.add_to_logits(lm_head, logits, hidden_states)
+    return logits
 
 
 def _before_launch_server(server_args, *args, **kwargs) -> None:

@@ -1,5 +1,6 @@
 """Pure functions: (adapter structure, host layer) -> what one tensor-parallel rank holds. No SGLang import."""
 
+from sgl_bdlora.sharding.even import even_out, layer_sizes
 from sgl_bdlora.sharding.host import HostLayer, HostSlice, Span
 from sgl_bdlora.sharding.piece import Combine, PieceLayout, Sharding, layout_for, read_piece
 from sgl_bdlora.sharding.shard import AdapterShard, HostModel, LayerLayout, SliceLayout, layer_views, shard_adapter
@@ -15,6 +16,8 @@ __all__ = [
     "Sharding",
     "SliceLayout",
     "Span",
+    "even_out",
+    "layer_sizes",
     "layer_views",
     "layout_for",
     "read_piece",
