@@ -69,6 +69,15 @@ NAMES: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": ("self", "recv_req"),
     "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill": ("self", "running_batch"),
     "sglang.srt.managers.io_struct.GetInternalStateReqOutput": None,
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_lora": ("self",),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._discard_pending_req_states": (
+        "self",
+        "obj",
+        "lifecycle_ids",
+    ),
+    "sglang.srt.managers.tokenizer_manager.ReqState.dispatched": None,
+    "sglang.srt.lora.lora_registry.LoRARegistry.acquire": ("self", "lora_name"),
+    "sglang.srt.lora.lora_registry.LoRARegistry.wait_for_unload": ("self", "lora_id"),
     "sglang.srt.entrypoints.http_server.launch_server": ("server_args",),
     "sglang.srt.entrypoints.http_server.app": None,
     "sglang.srt.entrypoints.http_server._global_state": None,
@@ -93,12 +102,31 @@ NAMES: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.distributed.get_tp_group": (),
     "sglang.srt.distributed.tensor_model_parallel_all_gather": ("input_", "dim"),
     "sglang.srt.distributed.tensor_model_parallel_all_reduce": ("input_",),
-    "sglang.srt.model_executor.cuda_graph_config.cuda_graph_fully_disabled": (),
+    "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod": None,
+    "sglang.srt.lora.backend.base_backend.BaseLoRABackend.init_cuda_graph_batch_info": (
+        "self",
+        "max_bs_in_cuda_graph",
+        "num_tokens_per_req",
+    ),
+    "sglang.srt.model_executor.runner_utils.capture_mode.get_capture_lora_variant": (),
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture": ("self",),
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph": (
+        "self",
+        "forward_batch",
+    ),
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._resolve_lora_variant": (
+        "self",
+        "forward_batch",
+    ),
 }
 
 
 # Modules that only the launcher needs; importing them costs every other process a second.
-LAUNCHER_ONLY = ("sglang.launch_server.", "sglang.srt.entrypoints.http_server.")
+LAUNCHER_ONLY = (
+    "sglang.launch_server.",
+    "sglang.srt.entrypoints.http_server.",
+    "sglang.srt.managers.tokenizer_manager.",
+)
 
 
 def check(launcher: bool = True) -> list[tuple[str, str]]:

@@ -8,9 +8,6 @@ from sgl_bdlora import config, cpu
 def fields(given: Mapping[str, object]) -> dict[str, object]:
     """Fields of SGLang's ServerArgs with our defaults, less those in `given`."""
     wanted: dict[str, object] = {"enable_lora": True, "lora_backend": config.BACKEND, **cpu.default_fields({})}
-    if given.get("lora_backend", config.BACKEND) == config.BACKEND and not cpu.applies():
-        # The back end's PyTorch operations choose rows on the host and cannot be captured.
-        wanted["disable_cuda_graph"] = True
     return {field: value for field, value in wanted.items() if field not in given}
 
 

@@ -13,12 +13,12 @@ from sglang.srt.distributed import get_tp_group
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
-from sglang.srt.model_executor.cuda_graph_config import cuda_graph_fully_disabled
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from sgl_bdlora import config
 from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, read_adapter
-from sgl_bdlora.layers.host import host_layers
+from sgl_bdlora.layers import embedding
+from sgl_bdlora.layers.host import host_layers, vocabulary_layers
 from sgl_bdlora.layers.linear import LoRALinearMethod
 from sgl_bdlora.memory_pool import MemoryPool, Resident
 from sgl_bdlora.prefetch import prefetch
@@ -47,12 +47,18 @@ class BDLoRAManager(LoRAManager):
         self.num_pinned_loras = 0
         self.target_modules = None if not target_modules or "all" in target_modules else set(target_modules)
 
-        hosts = []
+        linear = []
         for host, module in list(host_layers(self.base_model, self.target_modules)):
             module.quant_method = LoRALinearMethod(module.quant_method, self.lora_backend, host.path)
+            linear.append(host)
+        hosts = list(linear)
+        tied = bool(getattr(self.base_hf_config.get_text_config(), "tie_word_embeddings", False))
+        for host, module in vocabulary_layers(self.base_model, tied, self.target_modules):
+            embedding.wrap(module, host, self.lora_backend)
             hosts.append(host)
         self.host = HostModel(hosts)
         self.memory_pool = MemoryPool(options.lora_pool_bytes, self.dtype, self.device, self.max_loras_per_batch)
+        self.lora_backend.attach(self.memory_pool.arena, linear)
 
         for ref in lora_paths or []:
             result = self.load_lora_adapter(ref)
@@ -116,9 +122,7 @@ class BDLoRAManager(LoRAManager):
     def _check_ref(self, lora_ref: LoRARef) -> None:
         name = lora_ref.lora_name
         if any(ref.lora_name == name for ref in self.lora_refs.values()):
-            raise AdapterError(
-                name, f"lora_name {name!r} is taken by a loaded adapter", "unload that first, or use another name"
-            )
+            raise AdapterError(name, f"lora_name {name!r} is already loaded", "unload that first, or use another name")
         if lora_ref.pinned and self.num_pinned_loras >= self.max_loras_per_batch - 1:
             raise AdapterError(
                 name,
@@ -186,7 +190,8 @@ class BDLoRAManager(LoRAManager):
         self.memory_pool.copies.read_by_current_stream()
         for resident in {id(a): a for a in adapters if a is not None}.values():
             resident.arrival.wait()
-        self.lora_backend.set_batch(adapters, _rows_per_request(forward_batch))
+        rows = _rows_per_request(forward_batch)
+        self.lora_backend.set_batch(adapters, rows, _head_rows_per_request(forward_batch, rows))
 
     def _resident(self, uid: str) -> Resident:
         resident = self.memory_pool.get(uid)
@@ -208,16 +213,27 @@ def _rows_per_request(forward_batch: ForwardBatch) -> list[int]:
     return [1] * forward_batch.batch_size
 
 
+def _head_rows_per_request(forward_batch: ForwardBatch, rows: list[int]) -> list[int]:
+    """How many of each request's rows reach lm_head, as logits_processor.py:_get_pruned_states chooses them."""
+    mode = forward_batch.forward_mode
+    if not mode.is_extend() or mode.is_target_verify():
+        return rows
+    if not forward_batch.return_logprob:
+        return [1] * len(rows)
+    starts = forward_batch.extend_logprob_start_lens_cpu
+    return [max(1, length - start) for length, start in zip(rows, starts, strict=True)]
+
+
 def refuse_unsupported(server_args) -> None:
     """End the process when an option would make LoRA wrong; names the option and the way out."""
-    graphs = server_args.device == "cuda" and not cuda_graph_fully_disabled()
     for option, given in (
         ("--pp-size above 1", server_args.pp_size > 1),
         ("--enable-dp-attention", server_args.enable_dp_attention),
         # SGLang itself refuses every other algorithm together with LoRA.
         ("--speculative-algorithm", server_args.speculative_algorithm not in (None, "NGRAM")),
         ("--enable-lora-overlap-loading", server_args.enable_lora_overlap_loading),
-        ("CUDA graphs (missing --disable-cuda-graph)", graphs),
+        # It asks lm_head for rows of its own choice (logits_processor.py:compute_logprobs_for_multi_item_scoring).
+        ("--enable-mis", server_args.enable_mis),
     ):
         if given:
             raise SystemExit(

@@ -21,7 +21,7 @@ from sgl_bdlora.sharding import AdapterShard, layer_views
 class LayerWeights:
     """One layer's weights of a resident adapter, as views of the arena.
 
-    a: (sum of local ranks, inputs / blocks_a). b: per slice (outputs, local rank / blocks_b). slices: see SliceLayout.
+    a: (sum of local ranks, inputs / blocks_a). b: per slice, transposed (local rank, outputs / blocks_b). slices: see SliceLayout.
     """
 
     a: torch.Tensor

@@ -37,8 +37,12 @@ def register() -> None:
         "AROUND",
     )
     _hook("sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head", _around_compute_lm_head, "AROUND")
+    runner = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+    _hook(f"{runner}.capture", _before_capture, "BEFORE")
+    _hook(f"{runner}.can_run_graph", _around_can_run_graph, "AROUND")
     if launcher:
         _hook("sglang.srt.entrypoints.http_server.launch_server", _before_launch_server, "BEFORE")
+        _register_unloading()
     cpu.register_hooks(_hook)
     logger.info("sgl-bdlora: %d hooks on sglang %s", len(_targets), compat.SGLANG_VERSION)
 
@@ -66,6 +70,17 @@ def _hook(target: str, hook, kind: str) -> None:
 
     HookRegistry.register(target, hook, HookType[kind])
     _targets.append(target)
+
+
+def _register_unloading() -> None:
+    from sgl_bdlora import unloading
+
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    registry = "sglang.srt.lora.lora_registry.LoRARegistry"
+    _hook(f"{manager}.init_lora", unloading.after_init_lora, "AFTER")
+    _hook(f"{manager}._discard_pending_req_states", unloading.around_discard_pending_req_states, "AROUND")
+    _hook(f"{registry}.acquire", unloading.around_acquire, "AROUND")
+    _hook(f"{registry}.wait_for_unload", unloading.around_wait_for_unload, "AROUND")
 
 
 def _register_backend() -> None:
@@ -159,6 +174,22 @@ def _around_compute_lm_head(original, processor, hidden_states, lm_head, *args, 
     logits = original(processor, hidden_states, lm_head, *args, **kwargs)
     embedding.add_to_logits(lm_head, logits, hidden_states)
     return logits
+
+
+def _before_capture(runner) -> None:
+    """Capture every size twice, with and without adapters, so that base-only batches pay nothing."""
+    args = runner.model_runner.server_args
+    if args.enable_lora and args.lora_backend == config.BACKEND:
+        runner.record_nolora_graph = True
+
+
+def _around_can_run_graph(original, runner, forward_batch) -> bool:
+    """Batches with pieces that the captured kernels do not compute run without a graph."""
+    args = runner.model_runner.server_args
+    if args.enable_lora and args.lora_backend == config.BACKEND:
+        if not runner.model_runner.lora_manager.lora_backend.replayable:
+            return False
+    return original(runner, forward_batch)
 
 
 def _before_launch_server(server_args, *args, **kwargs) -> None:

@@ -9,7 +9,10 @@ from sgl_bdlora.adapters.errors import AdapterError
 if TYPE_CHECKING:
     import torch
 
-    from sgl_bdlora.adapters.format import LoRAModule
+    from sgl_bdlora.adapters.format import LoRAModule, StoredTensor
+
+# Rows of an embedding that are compared at a time: 64 MiB of 8,192 16-bit numbers each.
+_ROWS = 4096
 
 
 def check_finite(adapter: str, key: str, values: torch.Tensor) -> None:
@@ -51,3 +54,26 @@ def check_features(adapter: str, module: LoRAModule, in_features: int, out_featu
         f"model's layer has {in_features} and {out_features}",
         "serve the base model the adapter was trained on",
     )
+
+
+def check_base_weight(adapter: str, stored: StoredTensor, first: int, weight: torch.Tensor | None) -> None:
+    """Raise AdapterError unless `stored`, an embedding's own weight that PEFT saved beside its factors, is the served model's.
+
+    weight: the served rows (n, width), beginning at row `first` of the whole; None if they cannot be compared. The stored numbers
+    are converted to its type first, as the model's were when it was loaded.
+    """
+    if weight is None:
+        raise AdapterError(
+            adapter,
+            f"tensor {stored.key!r} is a copy of a base model's weight, which cannot be compared with the served, quantised or packed one",
+            "if the vocabulary's weights were not changed, save the adapter again with save_embedding_layers=False",
+        )
+    for start in range(0, len(weight), _ROWS):
+        served = weight[start : start + _ROWS]
+        copy = stored[first + start : first + start + len(served), :]
+        if not bool((copy.to(served) == served).all()):
+            raise AdapterError(
+                adapter,
+                f"tensor {stored.key!r}, the base model's weight as it was in training, differs from the served model's",
+                "serve the base model that the adapter was trained on (for a changed vocabulary: merge the adapter into that model)",
+            )

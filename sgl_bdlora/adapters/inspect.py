@@ -1,15 +1,19 @@
 """What an adapter is and what a rank would hold of it, without a server.
 
 Which layers are row-parallel is a property of the served model; without one, Megatron's convention decides by name, as in
-SGLang's dense decoders: o_proj and down_proj are row-parallel, every other linear layer is column-parallel.
+SGLang's dense decoders: o_proj and down_proj are row-parallel, every other linear layer is column-parallel. The input embedding and
+lm_head are split on the vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sgl_bdlora.adapters.format import Adapter, Factor, LoRAModule, StoredTensor
 from sgl_bdlora.sharding import HostLayer, HostSlice, PieceLayout, Sharding, Span, layout_for
 
 ROW_PARALLEL = ("o_proj", "down_proj", "out_proj")
+
+# SGLang fills the vocabulary up to a multiple of this before it splits it (vocab_parallel_embedding.py).
+VOCABULARY_PADDING = 64
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Report:
 
 def report(adapter: Adapter, tp: int) -> Report:
     """Raises AdapterError when a layer cannot be split over `tp` ranks, or a factor is on the wrong side."""
-    modules = [m for m in adapter.modules.values() if not m.embedding]
-    leaves = dict.fromkeys(m.path.rpartition(".")[2] for m in modules)
+    modules = list(adapter.modules.values())
+    leaves = dict.fromkeys(_leaf(m) for m in modules)
     shardings = {
         "as served": (False, "replicated"),
         "dense, replicated": (True, "replicated"),
@@ -57,9 +61,7 @@ def report(adapter: Adapter, tp: int) -> Report:
         # SGLang fuses q, k, v and gate, up: their gathers are one.
         fused = {(m.path.rpartition(".")[0], x.combine) for m, x in zip(chosen, ranks[0], strict=True)}
         collectives[title] = sum(combine != "none" for _, combine in fused)
-    families = tuple(
-        _family(adapter.name, leaf, [m for m in modules if m.path.endswith("." + leaf)], tp) for leaf in leaves
-    )
+    families = tuple(_family(adapter.name, leaf, [m for m in modules if _leaf(m) == leaf], tp) for leaf in leaves)
     total = sum(_stored(m.a) + _stored(m.b) for m in modules)
     return Report(adapter, tp, families, total, per_rank, collectives)
 
@@ -77,8 +79,14 @@ def _family(adapter: str, leaf: str, modules: list[LoRAModule], tp: int) -> Fami
 
 
 def _layout(adapter: str, module: LoRAModule, tp: int, rank: int, sharding: Sharding) -> PieceLayout:
-    leaf = module.path.rpartition(".")[2]
+    leaf = _leaf(module)
     whole_in, whole_out = Span.whole(module.in_features), Span.whole(module.out_features)
+    if module.embedding and leaf == "lm_head":
+        host = HostSlice(leaf, whole_in, _vocabulary(module.out_features, tp, rank), 0)
+        return layout_for(adapter, module, HostLayer(module.path, "head", (host,), rank, tp), host, sharding)
+    if module.embedding:
+        host = HostSlice(leaf, _vocabulary(module.in_features, tp, rank), whole_out, 0)
+        return layout_for(adapter, module, HostLayer(module.path, "embedding", (host,), rank, tp), host, sharding)
     if leaf in ROW_PARALLEL:
         host = HostSlice(leaf, Span.part(rank, tp, module.in_features), whole_out, 0)
         return layout_for(adapter, module, HostLayer(module.path, "row", (host,), rank, tp), host, sharding)
@@ -92,7 +100,19 @@ def _dense(module: LoRAModule) -> LoRAModule:
     def factor(f: Factor) -> Factor:
         return Factor(StoredTensor(f.tensor.key, f.shape, f.tensor.dtype, None))
 
-    return LoRAModule(module.path, factor(module.a), factor(module.b), module.rank, module.scale)
+    return replace(module, a=factor(module.a), b=factor(module.b))
+
+
+def _vocabulary(size: int, tp: int, rank: int) -> Span:
+    """The last ranks of a large `tp` and a small vocabulary would hold padding only; they count like the last one that does not."""
+    padded = -(-size // VOCABULARY_PADDING) * VOCABULARY_PADDING
+    share = -(-padded // tp)
+    start = min(share * rank, size - 1)
+    return Span(start, min(start + share, size), size)
+
+
+def _leaf(module: LoRAModule) -> str:
+    return module.path.rpartition(".")[2]
 
 
 def _stored(factor: Factor) -> int:

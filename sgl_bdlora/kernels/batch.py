@@ -1,7 +1,7 @@
 """Which rows of a forward pass belong to which adapter, and those adapters' weights side by side."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,17 @@ class Batch:
     adapters: AdapterSet
     owner: torch.Tensor
 
+    def rows(self, start: int, stop: int) -> "Batch":
+        """The same adapters, and only these rows."""
+        if (start, stop) == (0, len(self.owner)):
+            return self
+        return replace(self, owner=self.owner[start:stop])
+
+
+def distinct_adapters(adapters: Sequence[Resident | None]) -> list[Resident]:
+    """Every adapter once, in the order of their loads."""
+    return sorted({id(a): a for a in adapters if a is not None}.values(), key=lambda a: a.number)
+
 
 def make_batch(
     adapters: Sequence[Resident | None], lengths: Sequence[int], device: torch.device, last: AdapterSet | None = None
@@ -42,7 +53,7 @@ def make_batch(
     adapters: per request, None for the base model. lengths: rows of each request. last: the set of the batch before, taken
     again when the adapters are the same.
     """
-    distinct = sorted({id(a): a for a in adapters if a is not None}.values(), key=lambda a: a.number)
+    distinct = distinct_adapters(adapters)
     if not distinct:
         return None
     if last is None or last.adapters != tuple(distinct):

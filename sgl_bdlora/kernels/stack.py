@@ -70,7 +70,7 @@ def _stack(entries: list[_Entry], outputs: int) -> Stack | None:
     column = 0
     for e, piece in zip(entries, pieces, strict=True):
         rows = slice(e.layout.y_start, e.layout.y_start + len(piece.outputs))
-        part = _dense(e.weights.b[e.index], piece.blocks_b)
+        part = _dense(e.weights.b[e.index], piece.blocks_b).T
         b[rows, :, column : column + piece.local_rank] = part.unflatten(1, (ranks, piece.local_rank))
         column += piece.local_rank
     owner = torch.cat([torch.full((p.local_rank,), e.owner) for e, p in zip(entries, pieces, strict=True)])

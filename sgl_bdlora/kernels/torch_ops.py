@@ -37,6 +37,25 @@ def add_lora(y_TN: torch.Tensor, x_TK: torch.Tensor, batch: Batch, path: str, co
         _expand(y_TN, _combined(x_TK, layer, collectives), layer.combined, batch.owner)
 
 
+def add_embedding_lora(
+    y_TN: torch.Tensor, ids_T: torch.Tensor, batch: Batch, path: str, first: int, gain: float = 1.0
+) -> None:
+    """Add every adapter's update of an embedding to its rows of y, in place; ids that another rank holds add nothing.
+
+    Semantics: for each row t of adapter a with first <= ids[t] < first + V
+        y[t] += gain * (scale * A[:, ids[t] - first]) B^T
+    Shapes: y (tokens, width), ids (tokens,) integers, A (rank, V) with V the ids that this rank holds, B (width, rank).
+    """
+    layer = batch.adapters.layer(path, y_TN.shape[1])
+    if layer is None:
+        return
+    a_RV = layer.local.a
+    local_T = ids_T - first
+    mine_T = (local_T >= 0) & (local_T < a_RV.shape[1])
+    h_TR = gain * a_RV[:, torch.where(mine_T, local_T, 0)].T
+    _expand(y_TN, h_TR, layer.local, torch.where(mine_T, batch.owner, -1))
+
+
 def _combined(x_TK: torch.Tensor, layer: StackedLayer, collectives: Collectives) -> torch.Tensor:
     h_TR = x_TK @ layer.combined.a.T
     if layer.combine == "reduce":

@@ -1,4 +1,4 @@
-"""Read a served model's linear layers as HostLayers: spans come from the layers' own shard sizes, never from module names."""
+"""Read a served model's layers as HostLayers: spans come from the layers' own shard sizes, never from module names."""
 
 from collections.abc import Collection, Iterator
 
@@ -12,8 +12,10 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.utils import get_layer_id
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from sgl_bdlora.sharding import HostLayer, HostSlice, Span
+from sgl_bdlora.sharding.host import Parallelism
 
 # Adapter modules inside SGLang's fused layers, in the order of the fused output (each model's stacked_params_mapping).
 FUSED = {
@@ -39,6 +41,34 @@ def host_layers(
         layer = _describe(path, names, module)
         if layer is not None:
             yield layer, module
+
+
+def vocabulary_layers(
+    model: torch.nn.Module, tied: bool, target_modules: Collection[str] | None
+) -> Iterator[tuple[HostLayer, torch.nn.Module]]:
+    """The input embedding and lm_head, with the modules that hold them.
+
+    tied: the model is configured to use one weight for both. Many of SGLang's models then have no lm_head of their own (llama.py,
+    gemma2.py), and the embedding is described twice, the second time as "lm_head". target_modules: as for host_layers.
+    """
+    embeddings, heads = {}, {}
+    for path, module in model.named_modules():
+        leaf = path.rpartition(".")[2]
+        if isinstance(module, ParallelLMHead):
+            heads[path] = module
+        elif isinstance(module, VocabParallelEmbedding) or (
+            isinstance(module, torch.nn.Embedding) and leaf == "embed_tokens"
+        ):
+            embeddings[path] = module
+    shared = [module for path, module in embeddings.items() if path.rpartition(".")[2] == "embed_tokens"]
+    if tied and not heads and len(shared) == 1:
+        heads["lm_head"] = shared[0]
+    for modules, parallelism in ((embeddings, "embedding"), (heads, "head")):
+        for path, module in modules.items():
+            if target_modules is None or path.rpartition(".")[2] in target_modules:
+                layer = _vocabulary_layer(path, parallelism, module)
+                if layer is not None:
+                    yield layer, module
 
 
 def _describe(path: str, names: tuple[str, ...], module: LinearBase) -> HostLayer | None:
@@ -95,3 +125,32 @@ def _merged(path: str, names: tuple[str, ...], module: MergedColumnParallelLinea
         slices.append(HostSlice(name, inputs, Span.shard(shard, module.tp_rank, size), y_start))
         y_start += shard
     return HostLayer(path, "column", tuple(slices), module.tp_rank, module.tp_size)
+
+
+def _vocabulary_layer(path: str, parallelism: Parallelism, module: torch.nn.Module) -> HostLayer | None:
+    rows = _vocabulary(module)
+    if rows is None:
+        return None
+    width = Span.whole(module.embedding_dim)
+    inputs, outputs = (rows, width) if parallelism == "embedding" else (width, rows)
+    piece = HostSlice(path.rpartition(".")[2], inputs, outputs, 0)
+    return HostLayer(path, parallelism, (piece,), weight=_plain_weight(module, rows, width))
+
+
+def _vocabulary(module: torch.nn.Module) -> Span | None:
+    """The token ids whose rows this rank holds; None if padding has left it none."""
+    if not isinstance(module, VocabParallelEmbedding):
+        return Span.whole(module.num_embeddings)
+    part = module.shard_indices
+    if module.num_added_embeddings or part.num_org_elements == 0:
+        return None
+    return Span(part.org_vocab_start_index, part.org_vocab_end_index, module.org_vocab_size)
+
+
+def _plain_weight(module: torch.nn.Module, rows: Span, width: Span) -> torch.Tensor | None:
+    """This rank's rows (len(rows), len(width)) without padding; None where the weight is quantised or packed."""
+    weight = getattr(module, "weight", None)
+    packed = getattr(module, "use_intel_amx_backend", False)
+    if weight is None or packed or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return weight.data[: len(rows)] if weight.dim() == 2 and weight.shape[1] == len(width) else None

@@ -8,12 +8,13 @@ a column-parallel layer's outputs are complete, a row-parallel layer's partial s
 
 import torch
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from sgl_bdlora.kernels.backend import BDLoRABackend
 
 
 class LoRALinearMethod(LinearMethodBase):
-    """y = base.apply(layer, x, bias), then the batch's LoRA updates added in place.
+    """y = base.apply(layer, x, bias), then the batch's LoRA updates added in place; or both in one, where the back end can.
 
     x is (tokens, local inputs) or has more leading dimensions; y alike with local outputs.
     """
@@ -24,8 +25,11 @@ class LoRALinearMethod(LinearMethodBase):
         self.path = path
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        x_TK = x.reshape(-1, x.shape[-1])
+        if type(self.base) is UnquantizedLinearMethod and self.backend.fuses(self.path, x_TK, layer.weight):
+            return self.backend.linear(x_TK, layer.weight, bias, self.path).view(*x.shape[:-1], -1)
         y = self.base.apply(layer, x, bias)
-        self.backend.add_lora(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.path)
+        self.backend.add_lora(y.view(-1, y.shape[-1]), x_TK, self.path)
         return y
 
     def create_weights(self, *args, **kwargs):

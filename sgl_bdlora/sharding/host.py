@@ -1,13 +1,19 @@
 """What a host layer looks like to one tensor-parallel rank.
 
 A host layer computes y = x W^T on this rank with x of `k` columns and y of one or more slices of rows (q, k, v; gate, up).
-Each slice is one module of the adapter, and covers a span of that module's inputs and a span of its outputs.
+Each slice is one module of the adapter, and covers a span of that module's inputs and a span of its outputs. An embedding is the
+same with rows of x that are zero but for a one at the token's id, so its inputs are the vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-Parallelism = Literal["column", "row", "replicated"]
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Parallelism = Literal["column", "row", "replicated", "embedding", "head"]
 
 
 @dataclass(frozen=True)
@@ -26,16 +32,16 @@ class Span:
         return self.stop - self.start
 
     @classmethod
-    def whole(cls, size: int) -> "Span":
+    def whole(cls, size: int) -> Span:
         return cls(0, size, size)
 
     @classmethod
-    def part(cls, index: int, parts: int, size: int) -> "Span":
+    def part(cls, index: int, parts: int, size: int) -> Span:
         """Part number `index` of `parts` nearly equal parts; their sizes differ by at most one."""
         return cls(size * index // parts, size * (index + 1) // parts, size)
 
     @classmethod
-    def shard(cls, shard_size: int, index: int, size: int) -> "Span":
+    def shard(cls, shard_size: int, index: int, size: int) -> Span:
         """Shard number `index` of equal shards of `shard_size` entries."""
         return cls(shard_size * index, shard_size * (index + 1), size)
 
@@ -58,12 +64,15 @@ class HostSlice:
 
 @dataclass(frozen=True)
 class HostLayer:
-    """A linear layer of the served model on one rank.
+    """A layer of the served model on one rank.
 
     path: module path in the served model, e.g. "model.layers.0.self_attn.qkv_proj".
-    parallelism: "column" (split on outputs), "row" (split on inputs, partial sums reduced by the host) or "replicated".
+    parallelism: "column" (split on outputs), "row" (split on inputs, partial sums reduced by the host), "replicated", or, both split
+    on the vocabulary, "embedding" (on inputs) and "head" (lm_head, on outputs).
     slices: in the order of the local output's columns. All slices share the same inputs.
     tp_rank, tp_size: this rank's place among those that share the layer.
+    weight: an embedding's or head's own (local vocabulary, width), to compare with the copy that an adapter may bring; None if it
+    is not held as plain numbers.
     """
 
     path: str
@@ -71,6 +80,12 @@ class HostLayer:
     slices: tuple[HostSlice, ...]
     tp_rank: int = 0
     tp_size: int = 1
+    weight: torch.Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def vocabulary(self) -> Span:
+        """The token ids of this rank's part of an embedding or head."""
+        return self.slices[0].inputs if self.parallelism == "embedding" else self.slices[0].outputs
 
     @property
     def parent(self) -> str:

@@ -19,6 +19,10 @@ S-LoRA pieces (arXiv 2311.03285, section 6) of a plain module cut every factor T
     column-parallel ("gather"): A split on rank; all-gather of the shrink; B split on out
     row-parallel    ("reduce"): A split on in; all-reduce of the shrink; B split on out, added to this rank's slice of the partial
                                 sum, which the base model's all-reduce then also gathers
+
+The embedding and lm_head, whose large factor has the vocabulary as its other side, are split on the vocabulary as their layers are,
+and nothing else, under both shardings: the factor that stays whole is (rank, width), as small as any layer's, and nothing has to be
+put together.
 """
 
 from dataclasses import dataclass

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from sgl_bdlora.adapters.check import check_finite
+from sgl_bdlora.adapters.check import check_base_weight, check_finite
 from sgl_bdlora.adapters.errors import AdapterError
 from sgl_bdlora.adapters.format import Adapter, LoRAModule
 from sgl_bdlora.sharding.host import HostLayer
 from sgl_bdlora.sharding.piece import PieceLayout, Sharding, layout_for, read_piece
+
+# Elements that every layer's block is a multiple of: 16 bytes of the 2-byte types, what a GPU loads at once.
+ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class SliceLayout:
 
     name: the adapter module's leaf name.
     a_start: first of this slice's rows in the layer's stacked A (sum of local ranks, inputs / blocks_a).
-    b_offset: element offset of this slice's B in the layer's block. y_start: first output column.
+    b_offset: element offset in the layer's block of this slice's B, transposed: (local rank, outputs / blocks_b), so that what
+    belongs to one rank row lies together in both factors. y_start: first output column.
     """
 
     name: str
@@ -31,7 +35,7 @@ class SliceLayout:
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """The weights of one host layer for one adapter, one contiguous block of `numel` elements: stacked A, then every slice's B."""
+    """The weights of one host layer for one adapter, one block of `numel` elements: stacked A, every slice's B, and what alignment adds."""
 
     slices: tuple[SliceLayout, ...]
     rows_a: int
@@ -39,7 +43,7 @@ class LayerLayout:
     numel: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterShard:
     """An adapter on one rank.
 
@@ -87,8 +91,8 @@ class HostModel:
     def find(self, adapter: str, module: LoRAModule):
         """(host layer, slice) of an adapter's module.
 
-        Paths are compared whole, then from "layers.<n>." on, because a multimodal wrapper prefixes the same decoder differently
-        in Transformers and in SGLang. Raises AdapterError when the model has no such layer.
+        Paths are compared whole, then from "layers.<n>." on (outside the layers: by the last name), because a multimodal wrapper
+        prefixes the same decoder differently in Transformers and in SGLang. Raises AdapterError when the model has no such layer.
         """
         if module.path in self._by_module:
             return self._by_module[module.path]
@@ -108,7 +112,8 @@ def shard_adapter(
 ) -> AdapterShard:
     """Read this rank's pieces of `adapter` into one flat host tensor. sharding: of its plain modules.
 
-    Raises AdapterError for unknown modules, shapes of another model, wrongly sided factors and weights that are not finite.
+    Raises AdapterError for unknown modules, shapes of another model, wrongly sided factors, weights that are not finite, and copies
+    of the base model's embeddings that differ from it.
     """
     layers, plan = _plan(adapter, host, sharding)
     offsets, total = {}, 0
@@ -124,12 +129,12 @@ def shard_adapter(
 
 
 def layer_views(block: torch.Tensor, layer: LayerLayout) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A (rows_a, width_a) and every slice's B (outputs, local rank / blocks_b) as views of a layer's block."""
+    """A (rows_a, width_a) and every slice's transposed B (local rank, outputs / blocks_b) as views of a layer's block."""
     a = block[: layer.rows_a * layer.width_a].view(layer.rows_a, layer.width_a)
-    bs = [
-        block[s.b_offset : s.b_offset + s.piece.shape_b[0] * s.piece.shape_b[1]].view(s.piece.shape_b)
-        for s in layer.slices
-    ]
+    bs = []
+    for s in layer.slices:
+        ranks, width = len(s.piece.ranks_b), len(s.piece.outputs) // s.piece.blocks_b
+        bs.append(block[s.b_offset : s.b_offset + ranks * width].view(ranks, width))
     return a, bs
 
 
@@ -141,6 +146,8 @@ def _plan(
     for module in adapter.modules.values():
         layer, piece = host.find(adapter.name, module)
         layout = layout_for(adapter.name, module, layer, piece, sharding)
+        if module.base_weight is not None:
+            check_base_weight(adapter.name, module.base_weight, layer.vocabulary.start, layer.weight)
         # An S-LoRA row piece fills only this rank's part of the outputs.
         y_start = piece.y_start + layout.outputs.start - piece.outputs.start
         found.setdefault(layer.path, []).append((y_start, module, layout))
@@ -160,18 +167,19 @@ def _layer_layout(entries: list[tuple[int, LoRAModule, PieceLayout]]) -> LayerLa
         slices.append(SliceLayout(module.path.rpartition(".")[2], layout, module.scale, row, offset, y_start))
         row += layout.local_rank
         offset += layout.shape_b[0] * layout.shape_b[1]
-    return LayerLayout(tuple(slices), rows_a, width_a, offset)
+    return LayerLayout(tuple(slices), rows_a, width_a, -(-offset // ALIGNMENT) * ALIGNMENT)
 
 
 def _fill(adapter: str, block: torch.Tensor, layer: LayerLayout, module: LoRAModule, layout: SliceLayout) -> None:
     a, b = read_piece(module, layout.piece)
     check_finite(adapter, module.a.tensor.key, a)
     check_finite(adapter, module.b.tensor.key, b)
-    stacked, _ = layer_views(block, layer)
+    stacked, transposed = layer_views(block, layer)
     stacked[layout.a_start : layout.a_start + layout.piece.local_rank].copy_(a)
-    block[layout.b_offset : layout.b_offset + b.numel()].copy_(b.reshape(-1))
+    blocks = b.unflatten(0, (layout.piece.blocks_b, -1))
+    transposed[layer.slices.index(layout)].copy_(blocks.transpose(1, 2).flatten(0, 1))
 
 
 def _tail(path: str) -> str:
     _, found, rest = path.partition("layers.")
-    return found + rest if found else path
+    return found + rest if found else path.rpartition(".")[2]

@@ -48,7 +48,7 @@ class Live:
 
     def prompt(self, tokens: int) -> tuple[int, ...]:
         """Random token ids, other ones at every call."""
-        return tuple(self._random.randrange(3, 512) for _ in range(tokens))
+        return tuple(self._random.randrange(3, self.oracle.vocabulary) for _ in range(tokens))
 
     def ask(self, recipe: str | None, tokens: int = 20, **more) -> Ask:
         """A request with a fresh prompt for a recipe's adapter (None: the base model)."""
@@ -79,6 +79,7 @@ def live(request: pytest.FixtureRequest, zoo, tmp_path_factory: pytest.TempPathF
     environment = {
         "COLLECTIVE_COUNTER_FILE": str(folder / "collectives.jsonl"),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(COUNTER), os.environ.get("PYTHONPATH")))),
+        **dict(served.environment),
     }
     arguments = (*LORA, *served.arguments)
     log = folder / f"{served}.log"

@@ -24,11 +24,12 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Served:
-    """What to start: a model of the zoo, a TP size, and further command-line arguments."""
+    """What to start: a model of the zoo, a TP size, further command-line arguments and environment variables."""
 
     family: str
     tp: int
     arguments: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         return "-".join((self.family, f"tp{self.tp}", *(a.strip("-") for a in self.arguments)))

@@ -10,7 +10,13 @@ LLAMA = Served("llama", 2, ("--chunked-prefill-size", "32"))
 QWEN3 = Served("qwen3", 4, ("--lora-pool-gb", "0.0005"))
 QWEN2 = Served("qwen2", 1)
 GEMMA = Served("gemma3", 2)
-S_LORA = Served("llama", 2, ("--lora-sharding", "s-lora"))
+# Prompt log-probabilities are computed for at most 7 rows of lm_head at a time.
+S_LORA = Served(
+    "llama",
+    2,
+    ("--lora-sharding", "s-lora"),
+    (("SGLANG_ENABLE_LOGPROB_CHUNK", "1"), ("SGLANG_LOGPROB_CHUNK_SIZE", "7")),
+)
 DEFAULT = (LLAMA, QWEN3, QWEN2, GEMMA, S_LORA)
 
 _RUN = {(served.family, served.tp) for served in DEFAULT}

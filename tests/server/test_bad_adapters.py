@@ -26,6 +26,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 Q_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 O_A = "base_model.model.model.layers.1.self_attn.o_proj.lora_A.weight"
+EMBEDDING = "base_model.model.model.embed_tokens."
+HEAD = "base_model.model.lm_head."
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,12 @@ def add_magnitudes(weights: dict[str, torch.Tensor]) -> None:
         weights[name.replace("lora_A.weight", "lora_magnitude_vector.weight")] = torch.ones(128)
 
 
+def add_tokens(weights: dict[str, torch.Tensor]) -> None:
+    """Four more tokens, as PEFT saves an adapted embedding that was resized."""
+    weights[f"{EMBEDDING}lora_embedding_A"] = torch.ones(3, 516)
+    weights[f"{EMBEDDING}base_layer.weight"] = torch.ones(516, 128)
+
+
 def add_bias(weights: dict[str, torch.Tensor]) -> None:
     weights[Q_B.replace(".weight", ".bias")] = torch.ones(128)
 
@@ -205,6 +213,21 @@ BAD = {
     "bias-all": Bad(change(bias="all"), ("bias = 'all'",)),
     "lora-bias": Bad(both(change(lora_bias=True), tensors(add_bias)), ("lora_bias",), "plain-r2"),
     "bias-tensor-only": Bad(tensors(add_bias), ("bias",), "plain-r2"),
+    "embedding-of-another-model": Bad(
+        put(f"{EMBEDDING}base_layer.weight", poke(1.0)),
+        ("embed_tokens.base_layer.weight", "differs"),
+        "plain-embedding",
+    ),
+    "lm-head-of-another-model": Bad(
+        put(f"{HEAD}base_layer.weight", poke(1.0)), ("lm_head.base_layer.weight", "differs"), "plain-head"
+    ),
+    "added-tokens": Bad(tensors(add_tokens), ("embed_tokens", "516", "512"), "plain-embedding"),
+    "nan-in-the-embedding": Bad(
+        put(f"{EMBEDDING}lora_embedding_A", poke(math.nan)), ("lora_embedding_A", "NaN"), "plain-embedding"
+    ),
+    "block-diagonal-lm-head": Bad(
+        change_blocks(target_modules_bd_b=[*COLUMN, "lm_head"]), ("lm_head", "target_modules_bd_b"), "bd4-head"
+    ),
     "modules-to-save": Bad(change(modules_to_save=["lm_head"]), ("modules_to_save",)),
     "integer-weights": Bad(put(Q_A, lambda a: (a * 100).to(torch.int8)), (Q_A,), "plain-r2"),
 }

@@ -60,7 +60,7 @@ def test_offline_engine(zoo, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--speculative-algorithm", "NGRAM"), "--speculative-algorithm does not work with --lora-backend bdlora"),
+        (("--enable-mis",), "--enable-mis does not work with --lora-backend bdlora"),
         (("--lora-paths", "broken=/nonexistent/adapter"), "LoRA adapter 'broken'"),
     ],
 )

@@ -3,11 +3,14 @@
 from dataclasses import replace
 
 import pytest
-from harness import check
+from harness import check, request_body
 from servers import DEFAULT, LLAMA, SLOW, on
 from zoo import RECIPES
 
 everywhere = on(*DEFAULT, *SLOW)
+
+# With and without the input embedding, with and without lm_head.
+VOCABULARY = ("plain-vocabulary", None, "plain-head", "plain-r8-attention", "plain-embedding", "bd4-head", "bd4-r16")
 
 
 @everywhere
@@ -46,6 +49,22 @@ def test_requests_sent_at_the_same_time(live):
     check(live.oracle, asks, live.server.generate_each(asks))
 
 
+@everywhere
+def test_lm_head_gets_other_rows_than_the_layers(live):
+    """Of one batch some requests want log-probabilities of the whole prompt, others only their answer's."""
+    asks = [live.ask(recipe, 9 + 3 * i, prompt_logprobs=i % 3 != 1) for i, recipe in enumerate(VOCABULARY * 2)]
+    check(live.oracle, asks, live.server.generate(asks))
+
+
+@on(LLAMA)
+def test_tokens_without_log_probabilities(live):
+    asks = [live.ask(recipe, 12, new_tokens=4) for recipe in VOCABULARY]
+    body = request_body(asks, return_logprob=False, logprob_start_len=None, top_logprobs_num=None)
+    answers = live.server.post("/generate", body).json()
+    expected = [live.oracle.greedy(list(ask.prompt), 4, ask.folder) for ask in asks]
+    assert [answer["output_ids"] for answer in answers] == expected
+
+
 @on(LLAMA)
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_an_adapter_alone(live, recipe):
@@ -70,7 +89,8 @@ def test_long_answers(live):
 @on(LLAMA)
 def test_prompts_longer_than_a_prefill_chunk(live):
     asks = [
-        live.ask(recipe, 150 + i) for i, recipe in enumerate((None, "bd4-r16", "plain-r8-attention", "bd8-r8-rslora"))
+        live.ask(recipe, 150 + i)
+        for i, recipe in enumerate((None, "bd4-r16", "plain-r8-attention", "bd8-r8-rslora", "plain-vocabulary"))
     ]
     check(live.oracle, asks, live.server.generate(asks))
     assert "#new-token: 32," in live.server.log.read_text(), "no prefill of one chunk of 32 tokens"

@@ -33,20 +33,25 @@ def test_a_loaded_adapter_is_described(live, recipe):
 
 @on(LLAMA)
 def test_bytes_per_rank_are_the_formulas(live):
-    """4 bytes a parameter; per rank at TP 2: a plain column layer r k + r n / 2, a block-diagonal one of 2 blocks half of that."""
-    for recipe, share in (("plain-r32", None), ("bd2-r8", 2)):
+    """4 bytes a parameter; per rank at TP 2: a plain column layer r k + r n / 2, a block-diagonal one of 2 blocks half of that.
+
+    The input embedding is split like a row layer whose inputs are the vocabulary, lm_head like a column layer.
+    """
+    for recipe, share in (("plain-r32", None), ("plain-vocabulary", None), ("bd2-r8", 2)):
         live.ensure(recipe)
         adapter = read_adapter(live.folder(recipe), recipe)
         entry = next(a for a in info(live)["adapters"] if a["name"] == recipe)
         expected = 0
         for path, m in adapter.modules.items():
-            row = path.endswith(("o_proj", "down_proj"))
+            row = path.endswith(("o_proj", "down_proj", "embed_tokens"))
             a, b = m.rank * m.in_features, m.rank * m.out_features
             if share:
                 expected += (a // 4 + b // 2) if row else (a // 2 + b // 4)
             else:
                 expected += (a // 2 + b) if row else (a + b // 2)
         assert entry["host_bytes"] == [4 * expected] * 2
+        leaves = {path.rpartition(".")[2] for path in adapter.modules}
+        assert all(ranks.keys() == leaves for ranks in entry["local_ranks"])
 
 
 @on(LLAMA)

@@ -17,11 +17,12 @@ pytestmark = on(LLAMA)
 
 
 def test_prefix_cache_hits_stay_exact(live):
-    asks = [live.ask(recipe, 70, prompt_logprobs=False) for recipe in (None, "bd4-r16", "plain-r2")]
+    recipes = (None, "bd4-r16", "plain-r2", "plain-vocabulary")
+    asks = [live.ask(recipe, 70, prompt_logprobs=False) for recipe in recipes]
     # Another test's random prompt may begin with the same token.
     live.server.flush_cache()
     first = live.server.generate(asks)
-    assert [answer.cached_tokens for answer in first] == [0, 0, 0]
+    assert [answer.cached_tokens for answer in first] == [0] * len(asks)
     again = live.server.generate(asks)
     assert all(answer.cached_tokens >= 60 for answer in again), [answer.cached_tokens for answer in again]
     longer = [replace(ask, prompt=ask.prompt + live.prompt(15)) for ask in asks]
@@ -33,7 +34,7 @@ def test_prefix_cache_hits_stay_exact(live):
 def test_prefix_cache_is_not_shared_between_adapters(live):
     prompt = live.prompt(50)
     live.server.flush_cache()
-    for recipe in (None, "bd2-r8", "plain-r2", "bd8-r32"):
+    for recipe in (None, "bd2-r8", "plain-r2", "bd8-r32", "plain-embedding"):
         asks = [live.ask(recipe, prompt=prompt, prompt_logprobs=False)]
         answers = live.server.generate(asks)
         assert answers[0].cached_tokens == 0

@@ -18,10 +18,10 @@ def on_gpu(monkeypatch):
 
 
 def test_lora_is_on_with_our_back_end(on_gpu):
-    assert defaults.arguments([]) == ["--enable-lora", "--lora-backend", "bdlora", "--disable-cuda-graph"]
+    assert defaults.arguments([]) == ["--enable-lora", "--lora-backend", "bdlora"]
 
 
-def test_stock_back_ends_keep_their_graphs(on_gpu):
+def test_stock_back_ends_are_taken(on_gpu):
     assert defaults.arguments(["--lora-backend", "csgmv"]) == ["--enable-lora"]
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from test_memory_pool import shard
 
 from sgl_bdlora.adapters import AdapterError
 from sgl_bdlora.sharding import even_out, layer_sizes, layer_views
-from test_memory_pool import shard
 
 
 def test_equal_shards_stay_as_they_are():

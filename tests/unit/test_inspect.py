@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from zoo import Recipe
 
 from sgl_bdlora.adapters.__main__ import main
 
@@ -34,6 +35,19 @@ def test_plain(capsys):
     assert {family["local_rank"] for family in found["families"]} == {2}
     replicated = LAYERS * 2 * (sum(k + n // 3 for k, n in COLUMNS) + sum(k // 3 + n for k, n in ROWS))
     assert found["parameters_per_rank"]["as served"] == found["parameters_per_rank"]["dense, replicated"] == replicated
+
+
+def test_embedding_and_lm_head_are_split_on_the_vocabulary(capsys, zoo):
+    """500 tokens, padded to 512: a rank of four holds 128 of them under every sharding, and no collective."""
+    recipe = Recipe("vocabulary-only", 6, targets=("embed_tokens", "lm_head"), seed=30)
+    assert main(["inspect", str(zoo.adapter("mistral", recipe)), "--tp", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {family["name"]: family["parameters"] for family in found["families"]} == {
+        "embed_tokens": 6 * (500 + 128),
+        "lm_head": 6 * (500 + 128),
+    }
+    assert set(found["parameters_per_rank"].values()) == {2 * 6 * (128 + 128)}
+    assert set(found["collectives_per_step"].values()) == {0}
 
 
 def test_tables(capsys):

@@ -86,7 +86,7 @@ def local_update(shard, path: str, index: int) -> torch.Tensor:
     rows = a[piece.a_start : piece.a_start + piece.piece.local_rank]
     dense_a = torch.block_diag(*rows.chunk(piece.piece.blocks_a)) if piece.piece.blocks_a > 1 else rows
     dense_b = torch.block_diag(*bs[index].chunk(piece.piece.blocks_b)) if piece.piece.blocks_b > 1 else bs[index]
-    return piece.scale * dense_b.double() @ dense_a.double()
+    return piece.scale * dense_b.T.double() @ dense_a.double()
 
 
 CASES = [
@@ -179,7 +179,7 @@ def local_factors(shard, path: str, index: int):
     layer = shard.layers[path]
     a, bs = layer_views(shard.weights[shard.offsets[path] : shard.offsets[path] + layer.numel], layer)
     s = layer.slices[index]
-    return a[s.a_start : s.a_start + s.piece.local_rank], bs[index], s
+    return a[s.a_start : s.a_start + s.piece.local_rank], bs[index].T, s
 
 
 def test_block_diagonal_stays_local_under_s_lora():

@@ -38,7 +38,7 @@ def make(name: str, rank: int, blocks_a: int, blocks_b: int, present: tuple[int,
         dense[y_start : y_start + N[i]] = scale * update
         slices.append((layout, scale, len(a_rows) * rank, y_start))
         a_rows.append(a)
-        b_flat.append(b.flatten())
+        b_flat.append(b.unflatten(0, (blocks_b, -1)).transpose(1, 2).flatten())
     a_all = torch.cat(a_rows)
     offset, made = a_all.numel(), []
     for (layout, scale, a_start, y_start), b in zip(slices, b_flat, strict=True):

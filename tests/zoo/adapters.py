@@ -9,6 +9,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 ALL = ATTENTION + MLP
 ROW = ("o_proj", "down_proj")
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+VOCABULARY = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def write_adapter(model_dir: Path, recipe: Recipe, folder: Path, gain: float = 0
     """Write the adapter of ``recipe`` for the model in ``model_dir`` to ``folder`` and return it.
 
     Every factor is drawn by hand (PEFT starts a block-diagonal B at zero), and scaled so that, whatever the rank, alpha
-    and structure, the update moves a layer's output by about ``gain`` times its size.
+    and structure, the update moves a layer's output by about ``gain`` times its size; an embedding's by twice that, because
+    what the layers add to it hides it.
     """
     import torch
     from peft import get_peft_model
@@ -54,10 +56,16 @@ def write_adapter(model_dir: Path, recipe: Recipe, folder: Path, gain: float = 0
     model = get_peft_model(base, recipe.config())
     random = torch.Generator().manual_seed(1000 + recipe.seed)
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer):
+            continue
+        if "default" in module.lora_embedding_A:
+            a, b = module.lora_embedding_A["default"].data, module.lora_embedding_B["default"].data
+            size, std = 2 * module.get_base_layer().weight.std().item(), 1.0
+        else:
             a, b = module.lora_A["default"].weight.data, module.lora_B["default"].weight.data
-            a.normal_(std=a.shape[1] ** -0.5, generator=random)
-            b.normal_(std=gain / (module.scaling["default"] * b.shape[1] ** 0.5), generator=random)
+            size, std = 1.0, a.shape[1] ** -0.5
+        a.normal_(std=std, generator=random)
+        b.normal_(std=gain * size / (module.scaling["default"] * b.shape[1] ** 0.5), generator=random)
     model.save_pretrained(folder)
     return folder
 
@@ -103,5 +111,10 @@ RECIPES = {
         Recipe("bd2-regex", 4, 2, targets=r".*layers\.0\.(self_attn\.[qv]_proj|mlp\.down_proj)", seed=17),
         Recipe("plain-q-only", 8, targets=("q_proj",), seed=18),
         Recipe("bd4-kv-only", 8, 4, targets=("k_proj", "v_proj"), bd_a=(), seed=19),
+        Recipe("plain-vocabulary", 6, targets=(*ALL, *VOCABULARY), more={"use_rslora": True, "lora_alpha": 9}, seed=20),
+        Recipe("plain-head", 8, targets=("lm_head",), seed=21),
+        Recipe("plain-embedding", 3, targets=("embed_tokens",), seed=22),
+        # lm_head is plain beside block-diagonal layers; PEFT has no embedding in such an adapter.
+        Recipe("bd4-head", 8, 4, targets=(*ALL, "lm_head"), match_strict=False, seed=23),
     )
 }  # fmt: skip

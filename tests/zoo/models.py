@@ -1,17 +1,17 @@
 """Random base models in float32: real architectures, small enough that a server answers within milliseconds.
 
 Sizes: hidden 128, 8 query heads of 16, intermediate 256, 2 layers, 512 tokens. Every split dimension divides by
-8 blocks x 4 ranks but the k and v projections of models with 2 kv heads, which TP 4 must replicate.
+8 blocks x 4 ranks but the k and v projections of models with 2 kv heads, which TP 4 must replicate, and mistral's
+vocabulary of 500, which SGLang pads. The Gemmas and qwen2 tie their embeddings.
 """
 
 from pathlib import Path
 
 from .tokenizer import write_tokenizer
 
-VOCAB = 512
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3")
 _SIZES = {
-    "vocab_size": VOCAB,
+    "vocab_size": 512,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
@@ -29,11 +29,11 @@ def _config(family: str):
     if family == "llama":
         return tf.LlamaConfig(**_SIZES, num_key_value_heads=4)
     if family == "qwen2":
-        return tf.Qwen2Config(**_SIZES, num_key_value_heads=2)
+        return tf.Qwen2Config(**_SIZES, num_key_value_heads=2, tie_word_embeddings=True)
     if family == "qwen3":
         return tf.Qwen3Config(**_SIZES, num_key_value_heads=2, head_dim=32)
     if family == "mistral":
-        return tf.MistralConfig(**_SIZES, num_key_value_heads=8, sliding_window=None)
+        return tf.MistralConfig(**{**_SIZES, "vocab_size": 500}, num_key_value_heads=8, sliding_window=None)
     if family == "gemma2":
         # SGLang's torch_native attention has no logit cap (layers/attention/torch_native_backend.py), so there is none.
         return tf.Gemma2Config(
@@ -61,7 +61,7 @@ def write_model(family: str, folder: Path) -> Path:
         mean, std = _spread(family, name, weight)
         weight.data.normal_(mean, std, generator=random)
     model.save_pretrained(folder)
-    write_tokenizer(folder, VOCAB)
+    write_tokenizer(folder, config.vocab_size)
     return folder
 
 

@@ -28,6 +28,7 @@ class Oracle:
 
         self.model_dir = model_dir
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+        self.vocabulary: int = self._model.config.vocab_size
         self._peft = None
         self._names: dict[str, str] = {}
         self._scores: dict[tuple, Score] = {}

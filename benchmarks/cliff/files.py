@@ -1,0 +1,182 @@
+"""Model and adapters of the benchmark: real shapes, random weights, no download."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from sgl_bdlora.adapters import read_adapter
+from sgl_bdlora.adapters.inspect import report
+
+ROW = ("o_proj", "down_proj")
+COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+MODULES = (*COLUMN, *ROW)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's sizes."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    dtype: torch.dtype
+
+    def linear(self, module: str) -> tuple[int, int]:
+        """(inputs, outputs) of a layer's module."""
+        kv = self.hidden // self.heads * self.kv_heads
+        return {
+            "q_proj": (self.hidden, self.hidden),
+            "k_proj": (self.hidden, kv),
+            "v_proj": (self.hidden, kv),
+            "o_proj": (self.hidden, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }[module]
+
+
+LLAMA_8B = Shape("Llama-3.1-8B shape", 4096, 14336, 32, 32, 8, 128256, torch.bfloat16)
+TINY = Shape("tiny llama", 128, 256, 2, 8, 4, 512, torch.float32)
+
+
+def path_of(layer: int, module: str) -> str:
+    block = "self_attn" if module in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+    return f"model.layers.{layer}.{block}.{module}"
+
+
+def write_model(shape: Shape, folder: Path) -> Path:
+    """Configuration and weights in PyTorch's format, where all layers can share one layer's tensors: 3 GB for 8B parameters.
+
+    SGLang's own LoRA cannot load adapters with `--load-format dummy` (model_loader/loader.py:_prepare_weights), so the weights have
+    to be a file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.hidden // shape.heads,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": str(shape.dtype).removeprefix("torch."),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    draw = _Draw(shape.dtype, seed=0)
+    layer = {module: draw(outputs, inputs) for module in MODULES for inputs, outputs in [shape.linear(module)]}
+    norm = torch.ones(shape.hidden, dtype=shape.dtype)
+    weights = {"model.embed_tokens.weight": draw(shape.vocab, shape.hidden), "model.norm.weight": norm}
+    weights["lm_head.weight"] = draw(shape.vocab, shape.hidden)
+    for i in range(shape.layers):
+        weights.update({f"{path_of(i, module)}.weight": weight for module, weight in layer.items()})
+        weights[f"model.layers.{i}.input_layernorm.weight"] = norm
+        weights[f"model.layers.{i}.post_attention_layernorm.weight"] = norm
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+class _Draw:
+    """Normal matrices scaled so that a product keeps its input's size."""
+
+    def __init__(self, dtype: torch.dtype, seed: int, gain: float = 1.0):
+        self._dtype, self._gain = dtype, gain
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, rows: int, columns: int) -> torch.Tensor:
+        matrix = torch.empty(rows, columns).normal_(std=self._gain * columns**-0.5, generator=self._generator)
+        return matrix.to(self._dtype)
+
+
+def parameters(shape: Shape, rank: int, nblocks: int | None) -> int:
+    """Of one adapter on all seven modules; a block-diagonal factor stores only its blocks."""
+    total = 0
+    for module in MODULES:
+        inputs, outputs = shape.linear(module)
+        a, b = rank * inputs, rank * outputs
+        if nblocks and module in ROW:
+            a //= nblocks
+        elif nblocks:
+            b //= nblocks
+        total += a + b
+    return total * shape.layers
+
+
+def matched_rank(shape: Shape, rank: int, nblocks: int) -> int:
+    """Rank of the block-diagonal adapter, a multiple of nblocks, whose parameters come closest to those of a plain one of `rank`."""
+    target = parameters(shape, rank, None)
+    candidates = range(nblocks, 4 * rank + nblocks, nblocks)
+    return min(candidates, key=lambda r: abs(parameters(shape, r, nblocks) - target))
+
+
+def write_adapter(shape: Shape, folder: Path, rank: int, nblocks: int | None, seed: int) -> Path:
+    """PEFT's format; updates move a layer's output by about a tenth of its size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": shape.name,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(MODULES),
+    }
+    if nblocks:
+        config["use_bdlora"] = {
+            "nblocks": nblocks,
+            "target_modules_bd_a": list(ROW),
+            "target_modules_bd_b": list(COLUMN),
+            "match_strict": True,
+        }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    draw_a, draw_b = _Draw(shape.dtype, 2 * seed), _Draw(shape.dtype, 2 * seed + 1, gain=0.1)
+    weights = {}
+    for layer in range(shape.layers):
+        for module in MODULES:
+            inputs, outputs = shape.linear(module)
+            prefix = f"base_model.model.{path_of(layer, module)}"
+            weights[f"{prefix}.lora_A.weight"] = draw_a(rank, inputs // (nblocks or 1) if module in ROW else inputs)
+            weights[f"{prefix}.lora_B.weight"] = draw_b(outputs, rank if module in ROW else rank // (nblocks or 1))
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+def write_adapters(
+    shape: Shape, root: Path, count: int, rank: int, nblocks: int | None, done: Callable[[], object]
+) -> list[Path]:
+    """`count` adapters in root, those that are there already kept; done is called after each."""
+
+    def write(i: int) -> Path:
+        folder = root / f"r{rank}-nb{nblocks or 0}-{i:02d}"
+        if not (folder / "adapter_model.safetensors").exists():
+            write_adapter(shape, folder, rank, nblocks, seed=i)
+        done()
+        return folder
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(write, range(count)))
+
+
+def bytes_per_rank(shape: Shape, folder: Path, tp: int) -> int:
+    """What our pool needs for one of these adapters."""
+    return report(read_adapter(folder, folder.name), tp).per_rank["as served"] * shape.dtype.itemsize

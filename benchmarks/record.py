@@ -1,0 +1,70 @@
+"""Machine-readable results: one JSON object a line, written as soon as it is known."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("sglang", "torch", "triton", "transformers")
+
+
+def origin() -> dict:
+    """What every row has to say about where it comes from: run id, commit, machine and versions."""
+    return {
+        "run": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
+        "commit": _commit(),
+        "gpu": gpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def gpu_name() -> str | None:
+    """The first GPU's name by the driver's own tool, without making a CUDA context; None without one."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return names[0] if names else None
+
+
+class Rows:
+    """Appends rows to a file, each with the run's origin; what is written survives a run that is cut off."""
+
+    def __init__(self, path: Path, **common):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._common = {**origin(), **common}
+
+    def write(self, **fields) -> dict:
+        row = {**self._common, **fields}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+        return row
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _commit() -> str | None:
+    """Short commit id, with "+" when tracked files differ from it; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        command = ["git", "--no-optional-locks", "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

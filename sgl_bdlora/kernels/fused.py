@@ -1,0 +1,389 @@
+"""Triton kernels of decode steps: shrink, expand, and a linear layer with the expand in its epilogue.
+
+A rank row is one row of a local A together with the matching column of B; it carries its adapter's number (owner), its scale and the
+spans of inputs and outputs that it touches (rows.py). For each row t of the batch and each rank row r of the same owner
+
+    h[t, r] = scale_r * sum_k x[t, k] A[r, k]            shrink
+    y[t, n] += h[t, r] B[n, r]                           expand
+
+and for all others h is taken as zero. Nothing is padded to the largest rank, and inputs and outputs outside a row's span (the zero
+blocks of block-diagonal factors) are not read.
+
+With local pieces nothing stands between shrink and expand. So the shrink runs on a second stream beside the base product, and the linear
+kernel adds the expand to its own tile before it stores it: no further launch, y is written once. It does not wait for an event but for h
+itself: every word of h carries a tag of the launch that wrote it. A tile whose tags do not come computes its part of the shrink itself, so
+it ends whether or not the other kernel ever gets a place on the chip.
+
+h is float32 with the low 12 bits replaced by the tag, which leaves 12 bits of significand: more than float16's 11 and bfloat16's 8.
+"""
+
+import triton
+import triton.language as tl
+
+# Bits of a word of h that hold the tag.
+TAG_BITS = 12
+TAGS = 2**TAG_BITS - 1
+_MASK = tl.constexpr(TAGS)
+# Polls of a tile before it computes the shrink itself; each takes about a microsecond.
+_PATIENCE = tl.constexpr(64)
+
+# Fields of a rank row in the table, `limit` entries each (rows.py).
+A_FIELD = tl.constexpr(0)
+X_FIELD = tl.constexpr(1)
+B_FIELD = tl.constexpr(2)
+Y_FIELD = tl.constexpr(3)
+OWNER_FIELD = tl.constexpr(4)
+
+
+@triton.jit
+def _low(packed):
+    return packed.to(tl.int32)
+
+
+@triton.jit
+def _high(packed):
+    return (packed >> 32).to(tl.int32)
+
+
+@triton.jit
+def _tag(meta, layer, TAGGED: tl.constexpr):
+    tag = 0
+    if TAGGED:
+        tag = (tl.load(meta) + layer) % _MASK + 1
+    return tag
+
+
+@triton.jit
+def _shrink_tile(
+    x,
+    arena,
+    table,
+    t,
+    T,
+    k_first,
+    k_count,
+    K,
+    r,
+    LIMIT: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """scale * x A^T over k_count inputs from k_first on: (BT, BR) float32. Rows t >= T repeat row 0."""
+    a_off = tl.multiple_of(tl.load(table + A_FIELD * LIMIT + r), 8)
+    span = tl.load(table + X_FIELD * LIMIT + r)
+    scale = _high(tl.load(table + OWNER_FIELD * LIMIT + r)).to(tl.float32, bitcast=True)
+    x0 = tl.multiple_of(_low(span), 8)
+    x1 = tl.multiple_of(_high(span), 8)
+    rows = tl.where(t < T, t, 0)
+    acc = tl.zeros((BT, BR), dtype=tl.float32)
+    for k0 in range(0, k_count, BK):
+        k = k_first + k0 + tl.arange(0, BK)
+        x_TK = tl.load(x + rows[:, None].to(tl.int64) * K + k[None, :])
+        inside = tl.max_constancy((k[:, None] >= x0[None, :]) & (k[:, None] < x1[None, :]), [8, 1])
+        a_KR = tl.load(arena + a_off[None, :] + k[:, None], mask=inside, other=0.0)
+        acc = tl.dot(x_TK, a_KR, acc)
+    return acc * scale[None, :]
+
+
+@triton.jit(do_not_specialize=["layer", "T"])
+def shrink_kernel(
+    x,
+    arena,
+    table,
+    meta,
+    owners,
+    h,
+    layer,
+    T,
+    K,
+    stride,
+    LIMIT: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    TAGGED: tl.constexpr,
+):
+    """h of one layer. Grid: (SPLITS * token tiles, programs that share a slice's rank rows, slices of the layer).
+
+    x (T, K). h (SPLITS, T rounded up to BT, SLICES, stride) int32: partial sums over SPLITS equal parts of K. Only the words of a row's
+    own adapter are written, and where a tile has no row of an adapter its A is not read.
+    """
+    tile = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    s = tl.program_id(2)
+    t = tile * BT + tl.arange(0, BT)
+    owner_T = tl.load(owners + t, mask=t < T, other=-1)
+    tag = _tag(meta, layer, TAGGED)
+    table += s * 5 * LIMIT
+    padded = tl.num_programs(0) // SPLITS * BT
+    k_count = tl.multiple_of(K // SPLITS, 16)
+    for first in range(tl.program_id(1) * BR, tl.load(meta + 1), tl.num_programs(1) * BR):
+        r = first + tl.arange(0, BR)
+        owner_R = _low(tl.load(table + OWNER_FIELD * LIMIT + r))
+        own = owner_T[:, None] == owner_R[None, :]
+        if tl.max(own.to(tl.int32)) > 0:
+            v = _shrink_tile(x, arena, table, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK)
+            bits = v.to(tl.int32, bitcast=True)
+            # Round to nearest above the tag; infinities and NaN keep their bits.
+            bits = tl.where(tl.abs(v) < float("inf"), bits + (_MASK + 1) // 2, bits)
+            place = ((split * padded + t[:, None]) * SLICES + s) * stride + r[None, :]
+            tl.store(h + place, (bits & ~_MASK) | tag, mask=own)
+
+
+@triton.jit
+def _read_h(h, place, split_stride, SPLITS: tl.constexpr):
+    """The sum of the splits, float32."""
+    total = (tl.load(h + place, volatile=True) & ~_MASK).to(tl.float32, bitcast=True)
+    for split in tl.static_range(1, SPLITS):
+        total += (tl.load(h + place + split * split_stride, volatile=True) & ~_MASK).to(tl.float32, bitcast=True)
+    return total
+
+
+@triton.jit
+def _late(h, place, split_stride, own, tag, SPLITS: tl.constexpr):
+    """How many words of the tile's h (at most one counted a split) are not this launch's yet."""
+    late = tl.max(tl.where(own & ((tl.load(h + place, volatile=True) & _MASK) != tag), 1, 0))
+    for split in tl.static_range(1, SPLITS):
+        word = tl.load(h + place + split * split_stride, volatile=True)
+        late += tl.max(tl.where(own & ((word & _MASK) != tag), 1, 0))
+    return late
+
+
+@triton.jit
+def _expand_tile(
+    acc,
+    b_RN,
+    x,
+    arena,
+    table,
+    h,
+    t,
+    owner_T,
+    tag,
+    s,
+    r,
+    owner_R,
+    T,
+    K,
+    split_stride,
+    stride,
+    LIMIT: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    TAGGED: tl.constexpr,
+):
+    """acc + h B^T for BR rank rows."""
+    own = owner_T[:, None] == owner_R[None, :]
+    place = (t[:, None] * SLICES + s) * stride + r[None, :]
+    h_TR = _read_h(h, place, split_stride, SPLITS)
+    if TAGGED:
+        late = _late(h, place, split_stride, own, tag, SPLITS)
+        if late > 0:
+            patience = _PATIENCE
+            while (late > 0) & (patience > 0):
+                late = _late(h, place, split_stride, own, tag, SPLITS)
+                patience -= 1
+            if late > 0:
+                h_TR = _shrink_tile(x, arena, table, t, T, 0, K, K, r, LIMIT, BT, BR, BK)
+            else:
+                h_TR = _read_h(h, place, split_stride, SPLITS)
+    # Chosen, not multiplied by zero: another adapter's rows may hold infinity here.
+    h_TR = tl.where(own, h_TR, 0.0).to(b_RN.dtype)
+    return tl.dot(h_TR, b_RN, acc)
+
+
+@triton.jit
+def _read_b(arena, table, r, n, LIMIT: tl.constexpr):
+    b_off = tl.multiple_of(tl.load(table + B_FIELD * LIMIT + r), 8)
+    span = tl.load(table + Y_FIELD * LIMIT + r)
+    y0 = tl.multiple_of(_low(span), 8)
+    y1 = tl.multiple_of(_high(span), 8)
+    inside = tl.max_constancy((n[None, :] >= y0[:, None]) & (n[None, :] < y1[:, None]), [1, 8])
+    return tl.load(arena + b_off[:, None] + n[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _slice_of(n0, end0, end1):
+    return (n0 >= end0).to(tl.int32) + (n0 >= end1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["layer", "T", "end0", "end1"])
+def linear_kernel(
+    x,
+    w,
+    bias,
+    y,
+    arena,
+    table,
+    meta,
+    owners,
+    h,
+    layer,
+    T,
+    N,
+    K,
+    end0,
+    end1,
+    LIMIT: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    BKR: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """y = x w^T + bias + h B^T. Grid: (N / BN,). x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK, slices by BN.
+
+    end0, end1: where the outputs of the first and of the second slice end; N where there is no further slice.
+    """
+    n0 = tl.program_id(0) * BN
+    n = n0 + tl.arange(0, BN)
+    t = tl.arange(0, BT)
+    s = _slice_of(n0, end0, end1)
+    table += s * 5 * LIMIT
+    tag = _tag(meta, layer, True)
+    n_rows = tl.load(meta + 1)
+    owner_T = tl.load(owners + t, mask=t < T, other=-1)
+    r = tl.arange(0, BR)
+    owner_R = _low(tl.load(table + OWNER_FIELD * LIMIT + r))
+    rows = tl.where(t < T, t, 0)
+    k = tl.arange(0, BK)
+    acc = tl.zeros((BT, BN), dtype=tl.float32)
+    for k0 in range(0, K, BK):
+        x_TK = tl.load(x + rows[:, None] * K + (k0 + k)[None, :])
+        w_KN = tl.load(w + n[None, :].to(tl.int64) * K + (k0 + k)[:, None])
+        acc = tl.dot(x_TK, w_KN, acc)
+    if BIAS:
+        acc += tl.load(bias + n).to(tl.float32)[None, :]
+    b_RN = _read_b(arena, table, r, n, LIMIT)
+    acc = _expand_tile(
+        acc,
+        b_RN,
+        x,
+        arena,
+        table,
+        h,
+        t,
+        owner_T,
+        tag,
+        s,
+        r,
+        owner_R,
+        T,
+        K,
+        BT * SLICES * LIMIT,
+        LIMIT,
+        LIMIT,
+        SLICES,
+        SPLITS,
+        BT,
+        BR,
+        BKR,
+        True,
+    )
+    # Not pipelined: nothing may be read ahead of the tags.
+    for first in tl.range(BR, n_rows, BR, num_stages=1):
+        r = first + tl.arange(0, BR)
+        owner_R = _low(tl.load(table + OWNER_FIELD * LIMIT + r))
+        b_RN = _read_b(arena, table, r, n, LIMIT)
+        acc = _expand_tile(
+            acc,
+            b_RN,
+            x,
+            arena,
+            table,
+            h,
+            t,
+            owner_T,
+            tag,
+            s,
+            r,
+            owner_R,
+            T,
+            K,
+            BT * SLICES * LIMIT,
+            LIMIT,
+            LIMIT,
+            SLICES,
+            SPLITS,
+            BT,
+            BR,
+            BKR,
+            True,
+        )
+    tl.store(y + t[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "end0", "end1"])
+def expand_kernel(
+    y,
+    arena,
+    table,
+    meta,
+    owners,
+    h,
+    T,
+    N,
+    end0,
+    end1,
+    stride,
+    LIMIT: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """y += h B^T, with h complete. Grid: (N / BN, token tiles). y (T, N)."""
+    n0 = tl.program_id(0) * BN
+    n = n0 + tl.arange(0, BN)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    s = _slice_of(n0, end0, end1)
+    table += s * 5 * LIMIT
+    owner_T = tl.load(owners + t, mask=t < T, other=-1)
+    if tl.max(owner_T) < 0:
+        return
+    split_stride = tl.num_programs(1) * BT * SLICES * stride
+    acc = tl.zeros((BT, BN), dtype=tl.float32)
+    for first in range(0, tl.load(meta + 1), BR):
+        r = first + tl.arange(0, BR)
+        owner_R = _low(tl.load(table + OWNER_FIELD * LIMIT + r))
+        if tl.max((owner_T[:, None] == owner_R[None, :]).to(tl.int32)) > 0:
+            b_RN = _read_b(arena, table, r, n, LIMIT)
+            acc = _expand_tile(
+                acc,
+                b_RN,
+                y,
+                arena,
+                table,
+                h,
+                t,
+                owner_T,
+                0,
+                s,
+                r,
+                owner_R,
+                T,
+                N,
+                split_stride,
+                stride,
+                LIMIT,
+                SLICES,
+                SPLITS,
+                BT,
+                BR,
+                16,
+                False,
+            )
+    place = y + t[:, None].to(tl.int64) * N + n[None, :]
+    mine = (owner_T >= 0)[:, None]
+    acc += tl.load(place, mask=mine, other=0.0).to(tl.float32)
+    tl.store(place, acc.to(y.dtype.element_ty), mask=mine)

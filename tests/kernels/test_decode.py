@@ -1,0 +1,168 @@
+"""The Triton kernels against the torch operations: ragged batches, mixed structures and ranks, every popularity of adapters."""
+
+import numpy as np
+import pytest
+import torch
+
+from sgl_bdlora.kernels.batch import make_batch
+from sgl_bdlora.kernels.decode import FUSED_TOKENS, Decode
+from sgl_bdlora.kernels.torch_ops import add_lora
+from sgl_bdlora.memory_pool import MemoryPool
+from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
+
+K, N = 256, (64, 32, 32)
+PATHS = ("layers.0.qkv_proj", "layers.1.qkv_proj")
+HOSTS = [
+    HostLayer(
+        path,
+        "column",
+        tuple(HostSlice(f"{i}", Span.whole(K), Span.whole(n), sum(N[:i])) for i, n in enumerate(N)),
+    )
+    for path in PATHS
+]
+
+
+def make(name: str, rank: int, blocks_a: int, blocks_b: int, slices: tuple[int, ...], layers=PATHS) -> AdapterShard:
+    layouts, offsets, total = {}, {}, 0
+    for path in layers:
+        made, offset = [], rank * len(slices) * K // blocks_a
+        for at, i in enumerate(slices):
+            whole = Span.whole(rank)
+            piece = PieceLayout("none", whole, whole, Span.whole(K), Span.whole(N[i]), blocks_a, blocks_b)
+            made.append(SliceLayout(str(i), piece, 0.25 * (i + 1), at * rank, offset, sum(N[:i])))
+            offset += rank * N[i] // blocks_b
+        layouts[path] = LayerLayout(tuple(made), rank * len(slices), K // blocks_a, offset)
+        offsets[path] = total
+        total += offset
+    generator = torch.Generator().manual_seed(len(name) * 100 + rank)
+    weights = torch.randn(total, generator=generator) * 0.1
+    return AdapterShard(name, "plain", rank, 1, layouts, offsets, weights)
+
+
+SHARDS = {
+    "plain": make("plain", 16, 1, 1, (0, 1, 2)),
+    "small": make("small", 3, 1, 1, (0, 1, 2)),
+    "large": make("large", 128, 1, 1, (0, 1, 2)),
+    "blocks_b": make("blocks_b", 8, 1, 4, (0, 1, 2)),
+    "blocks_a": make("blocks_a", 8, 4, 1, (0,)),
+    "q and v": make("q and v", 12, 1, 1, (0, 2)),
+    "second layer": make("second layer", 4, 1, 1, (1,), PATHS[1:]),
+}
+POPULARITY = {
+    "none": [None] * 5,
+    "identical": ["plain"] * 7,
+    "distinct": [*SHARDS, None],
+    "uniform": ["plain", "large", None, "blocks_b"] * 4,
+    "skewed": ["large"] * 9 + ["small", None, "blocks_a"],
+    "one row": ["q and v"],
+    "many rows": ["plain", "blocks_a", None, "second layer", "small"] * 20,
+}
+# h keeps 12 bits of significand in each of its two halves.
+ERROR = 2**-11
+
+
+@pytest.fixture(scope="module")
+def engine(device):
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    pool = MemoryPool(4 << 20, dtype, device, 16)
+    shards = {
+        name: AdapterShard(s.name, s.kind, s.rank, 1, s.layers, s.offsets, s.weights.to(dtype))
+        for name, s in SHARDS.items()
+    }
+    pool.ensure(shards)
+    decode = Decode(pool.arena, HOSTS, 128)
+    return pool, decode
+
+
+def case(engine, device, popularity: str, seed: int):
+    pool, decode = engine
+    owners = [None if name is None else pool.get(name) for name in POPULARITY[popularity]]
+    distinct = sorted({id(a): a for a in owners if a is not None}.values(), key=lambda a: a.number)
+    assert decode.takes(distinct)
+    decode.set_batch(distinct, np.array([-1 if a is None else distinct.index(a) for a in owners], dtype=np.int32))
+    batch = make_batch(owners, [1] * len(owners), torch.device("cpu"))
+    x = torch.randn(len(owners), K, generator=torch.Generator().manual_seed(seed))
+    return decode, batch, x.to(device, pool.arena.dtype)
+
+
+def reference(pool, batch, y, x, path):
+    """In float32 on the CPU, from the same (rounded) weights."""
+    y, x = y.float().cpu(), x.float().cpu()
+    if batch is None:
+        return y
+    exact = MemoryPool(4 << 20, torch.float32, torch.device("cpu"), 16)
+    shards = {
+        f"{i}": AdapterShard(a.shard.name, "plain", 1, 1, a.shard.layers, a.shard.offsets, a.shard.weights.float())
+        for i, a in enumerate(batch.adapters.adapters)
+    }
+    exact.ensure(shards)
+    again = make_batch([exact.get(f"{i}") for i in range(len(shards))], [1] * len(shards), torch.device("cpu"))
+    add_lora(y, x, type(batch)(again.adapters, batch.owner), path, None)
+    return y
+
+
+def close(got, wanted, scale: float):
+    error = (got.float().cpu() - wanted).abs().max() / scale
+    return error < (ERROR if got.dtype == torch.float32 else 2**-7)
+
+
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("path", PATHS)
+def test_shrink_and_expand(engine, device, popularity, path):
+    decode, batch, x = case(engine, device, popularity, 1)
+    y = torch.randn(len(x), sum(N), generator=torch.Generator().manual_seed(2)).to(x)
+    wanted = reference(engine[0], batch, y, x, path)
+    decode.add_lora(y, x, path)
+    assert close(y, wanted, wanted.abs().max())
+
+
+@pytest.mark.parametrize("popularity", [name for name, who in POPULARITY.items() if len(who) <= FUSED_TOKENS])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_with_the_expand_in_its_epilogue(engine, device, popularity, bias):
+    decode, batch, x = case(engine, device, popularity, 3)
+    generator = torch.Generator().manual_seed(4)
+    weight = (torch.randn(sum(N), K, generator=generator) * 0.1).to(x)
+    b = torch.randn(sum(N), generator=generator).to(x) if bias else None
+    for path in PATHS:
+        assert decode.fuses(path, x, weight)
+        y = x.float() @ weight.float().T + (b.float() if bias else 0)
+        wanted = reference(engine[0], batch, y, x, path)
+        assert close(decode.linear(x, weight, b, path), wanted, wanted.abs().max())
+
+
+def test_a_tile_whose_shrink_does_not_come_computes_it(engine, device, monkeypatch):
+    """Nothing depends on the second stream's progress: not a deadlock, not a wrong sum."""
+    decode, batch, x = case(engine, device, "uniform", 5)
+    weight = torch.zeros(sum(N), K).to(x)
+    wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, PATHS[0])
+    monkeypatch.setattr(decode, "_shrink", lambda *args, **kwargs: None)
+    assert close(decode.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
+
+
+def test_stale_sums_are_not_taken(engine, device):
+    """The same batch again with other activations: words of the step before carry other tags."""
+    decode, batch, _ = case(engine, device, "distinct", 6)
+    weight = torch.zeros(sum(N), K)
+    for seed in range(3):
+        decode, batch, x = case(engine, device, "distinct", seed)
+        for path in PATHS:
+            wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, path)
+            assert close(decode.linear(x, weight.to(x), None, path), wanted, wanted.abs().max())
+
+
+def test_infinity_of_another_adapter_stays_out(engine, device):
+    decode, _, x = case(engine, device, "distinct", 7)
+    x[1:] = float("inf")
+    y = torch.zeros(len(x), sum(N)).to(x)
+    decode.add_lora(y, x, PATHS[0])
+    assert y[0].isfinite().all()
+    assert not y[2].isfinite().all()
+
+
+def test_base_rows_are_not_touched(engine, device):
+    decode, _, x = case(engine, device, "uniform", 8)
+    y = torch.randn(len(x), sum(N)).to(x)
+    before = y.clone()
+    decode.add_lora(y, x, PATHS[0])
+    assert torch.equal(y[2::4], before[2::4])
+    assert not torch.equal(y[0], before[0])

@@ -1,0 +1,189 @@
+"""The benchmarks' own arithmetic: a wrong sampler, percentile or verdict makes every figure wrong."""
+
+import itertools
+import json
+import math
+import random
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.cliff import arms, files, load
+from benchmarks.record import Rows, read_rows
+from benchmarks.soak import catalogue, memory, references
+from benchmarks.soak.names import Names
+from benchmarks.workload import arrivals, percentile, zipf_weights
+from sgl_bdlora.adapters import read_adapter
+
+
+def test_zipf_weights_fall_by_rank_not_geometrically():
+    weights = zipf_weights(4, 1.0)
+    assert sum(weights) == pytest.approx(1)
+    assert [weights[0] / w for w in weights] == pytest.approx([1, 2, 3, 4])
+    assert zipf_weights(3, 0.0) == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize("cv", [1.0, 4.0])
+def test_arrivals_have_the_rate_and_the_spread(cv):
+    times = arrivals(50, 2000, cv, random.Random(1))
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    mean = sum(gaps) / len(gaps)
+    spread = (sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5
+    assert mean == pytest.approx(1 / 50, rel=0.05)
+    assert spread / mean == pytest.approx(cv, rel=0.1)
+    assert times == sorted(times)
+    assert times[-1] < 2000
+
+
+def test_percentile_interpolates():
+    assert percentile([], 50) is None
+    assert percentile([3], 99) == 3
+    assert percentile([4, 1, 3, 2], 50) == 2.5
+    assert percentile(range(101), 99) == 99
+
+
+def test_rows_carry_their_origin_and_are_there_at_once(tmp_path):
+    rows = Rows(tmp_path / "new" / "rows.jsonl", benchmark="x")
+    rows.write(kind="a", value=1)
+    assert [row["value"] for row in read_rows(rows.path)] == [1]
+    rows.write(kind="b", value=2)
+    first, second = read_rows(rows.path)
+    assert (second["kind"], second["value"]) == ("b", 2)
+    assert {"run", "commit", "gpu", "versions", "benchmark"} <= first.keys() & second.keys()
+
+
+def test_memory_that_grows_is_not_flat():
+    seconds = list(range(0, 600, 2))
+    noise = random.Random(0)
+    steady = [900 + noise.uniform(-5, 5) for _ in seconds]
+    flat = memory.flatness(seconds, steady)
+    assert abs(flat.slope) < 0.5
+    assert flat.flat(2, 2)
+    leak = memory.flatness(seconds, [value + 3 * t / 60 for value, t in zip(steady, seconds, strict=True)])
+    assert leak.slope == pytest.approx(3, abs=0.5)
+    assert not leak.flat(2, 2)
+    step = memory.flatness(seconds, [value + (40 if t > 460 else 0) for value, t in zip(steady, seconds, strict=True)])
+    assert step.change_percent > 2
+    assert not step.flat(100, 2)
+    warming = memory.flatness(seconds, [value - max(0, 140 - t) for value, t in zip(steady, seconds, strict=True)])
+    assert warming.flat(2, 2)
+    with pytest.raises(ValueError, match="two samples"):
+        memory.flatness([0, 1, 2], [1, 1, 1])
+
+
+def _answer(tokens, logprobs, top=None):
+    return references.Answer(tokens, [], logprobs, top or [{t: p} for t, p in zip(tokens, logprobs, strict=True)], 0)
+
+
+def test_an_answer_is_compared_by_tokens_and_log_probabilities():
+    reference = _answer([5, 6], [-1.0, -2.0], [{5: -1.0, 9: -1.5}, {6: -2.0, 7: -2.5}])
+    assert references.difference(reference, _answer([5, 6], [-1.00005, -2.0])) is None
+    assert "token 1 differs by 2.00e-04" in references.difference(reference, _answer([5, 6], [-1.0, -2.0002]))
+    assert "1 tokens instead of 2" in references.difference(reference, _answer([5], [-1.0]))
+    assert "nan" in references.difference(reference, _answer([5, 6], [float("nan"), -2.0]))
+    flipped = references.difference(reference, _answer([5, 7], [-1.0, -2.1], [{5: -1.0}, {7: -2.1, 6: -2.2}]))
+    assert "token 1 is 7, not 6" in flipped
+    assert "of 6 was -2.000000 and is -2.200000, of 7 it was -2.500000 and is -2.100000" in flipped
+
+
+def test_closed_names_are_not_chosen_and_popular_ones_are_chosen_more():
+    names, rng = Names(1.0), random.Random(0)
+    for name in "abc":
+        names.open(name, Path(name))
+
+    def draw() -> Counter:
+        with names.choose(rng, 3000) as picked:
+            return Counter(name for name, _ in picked)
+
+    counts = draw()
+    assert counts["a"] / counts["c"] == pytest.approx(3, rel=0.25)
+    names.close("a")
+    assert set(draw()) == {"b", "c"}
+    names.open("a", Path("other"))
+    assert names.folders()["a"] == Path("other")
+    assert draw().most_common(1)[0][0] == "a"
+
+
+def test_a_name_is_idle_when_nobody_asks_for_it():
+    names = Names(0.0)
+    names.open("a", Path("a"))
+    with names.choose(random.Random(0)):
+        assert not names.wait_until_idle("a", 0.01)
+    assert names.wait_until_idle("a", 0.01)
+
+
+def test_the_soak_mixes_structures_and_ranks():
+    recipes = catalogue.recipes(24)
+    assert {recipe.nblocks for recipe in recipes} == {None, 2, 4}
+    assert {recipe.rank for recipe in recipes if recipe.nblocks} >= {4, 32}
+    assert {recipe.rank for recipe in recipes if not recipe.nblocks} >= {4, 8, 16, 24}
+    assert len({recipe.seed for recipe in recipes}) == 24
+    assert all(recipe.rank % (recipe.nblocks or 1) == 0 for recipe in recipes)
+
+
+@pytest.mark.parametrize(("rank", "nblocks"), [(4, None), (8, 2)])
+def test_cliff_adapters_are_what_the_reader_expects(tmp_path, rank, nblocks):
+    folder = files.write_adapter(files.TINY, tmp_path / "a", rank, nblocks, seed=1)
+    adapter = read_adapter(folder, "a")
+    assert (adapter.kind, adapter.rank) == ("block-diagonal" if nblocks else "plain", rank)
+    assert len(adapter.modules) == 7 * files.TINY.layers
+    stored = sum(math.prod(f.tensor.shape) for m in adapter.modules.values() for f in (m.a, m.b))
+    assert stored == files.parameters(files.TINY, rank, nblocks)
+    assert files.bytes_per_rank(files.TINY, folder, 1) == 4 * stored
+
+
+def test_matched_rank_keeps_the_parameters():
+    """Eight blocks: twice the rank has 0.86 times the parameters (BD-LoRA's paper, 8B), 40 has 1.08."""
+    assert files.parameters(files.LLAMA_8B, 16, None) == 41_943_040
+    assert files.matched_rank(files.LLAMA_8B, 16, 2) == 24
+    assert files.matched_rank(files.LLAMA_8B, 16, 8) == 40
+    ratio = files.parameters(files.LLAMA_8B, 32, 8) / files.parameters(files.LLAMA_8B, 16, None)
+    assert ratio == pytest.approx(0.8625, abs=1e-3)
+
+
+def test_cliff_model_is_a_checkpoint_with_every_layer(tmp_path):
+    shape = replace(files.TINY, layers=3)
+    folder = files.write_model(shape, tmp_path)
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    assert len(weights) == 3 + 9 * 3
+    assert weights["model.layers.2.mlp.down_proj.weight"].shape == (128, 256)
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
+
+
+def test_a_point_counts_waiting_requests_and_only_tokens_in_time():
+    done = load.Outcome(1.0, [(1.5, 1), (2.5, 11)], end=2.5)
+    late = load.Outcome(9.0, [(9.9, 1), (12.0, 11)], end=12.0)
+    waiting = load.Outcome(4.0)
+    failed = load.Outcome(5.0, error="500")
+    figures = load.summarize([done, late, waiting, failed], seconds=10, drain=5)
+    assert figures["ttft_p50_ms"] == pytest.approx(900)
+    assert figures["ttft_p99_ms"] > 10_000
+    assert figures["tpot_p50_ms"] == pytest.approx((100 + 210) / 2)
+    assert figures["throughput_tok_s"] == pytest.approx(1.2)
+    assert figures["throughput_req_s"] == pytest.approx(0.1)
+    assert (figures["requests"], figures["failed"], figures["unfinished"]) == (4, 1, 1)
+
+
+def test_arms_get_the_same_load_and_stock_gets_no_plugin(tmp_path):
+    setup = arms.Setup(tmp_path, 2, "bfloat16", 8, 16, 64, "cuda", extra="--log-level debug", extra_ours="--x")
+    adapters = [tmp_path / "a", tmp_path / "b"]
+    words, environment = arms.command("stock", setup, adapters, 2**20, 30000)
+    assert environment == {"SGLANG_PLUGINS": "none"}
+    assert words[2] == "sglang.launch_server"
+    assert words[words.index("--lora-backend") + 1] == "csgmv"
+    assert "--lora-pool-gb" not in words
+    assert "--x" not in words
+    ours, environment = arms.command("plain", setup, adapters, 2**20, 30000)
+    assert environment == {}
+    assert ours[2] == "sgl_bdlora.launch_server"
+    assert float(ours[ours.index("--lora-pool-gb") + 1]) == 2**-10
+    assert "--x" in ours
+    for shared in ("--max-loras-per-batch", "--max-running-requests", "--tp-size", "--log-level"):
+        assert words[words.index(shared) + 1] == ours[ours.index(shared) + 1]
+    assert f"adapter-01={tmp_path / 'b'}" in words
