@@ -68,6 +68,7 @@ NAMES: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.layers.utils.get_layer_id": ("weight_name",),
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": ("self", "recv_req"),
     "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill": ("self", "running_batch"),
+    "sglang.srt.managers.scheduler.Scheduler._can_schedule_lora_req": ("self", "req", "running_loras"),
     "sglang.srt.managers.io_struct.GetInternalStateReqOutput": None,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_lora": ("self",),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._discard_pending_req_states": (

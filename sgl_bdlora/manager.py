@@ -16,12 +16,12 @@ from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from sgl_bdlora import config
+from sgl_bdlora.admission import Admission, Waiting
 from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, read_adapter
 from sgl_bdlora.layers import embedding
 from sgl_bdlora.layers.host import host_layers, vocabulary_layers
 from sgl_bdlora.layers.linear import LoRALinearMethod
 from sgl_bdlora.memory_pool import MemoryPool, Resident
-from sgl_bdlora.prefetch import prefetch
 from sgl_bdlora.sharding import AdapterShard, HostModel, even_out, layer_sizes, shard_adapter
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,6 @@ class BDLoRAManager(LoRAManager):
         self.shards: dict[str, AdapterShard] = {}
         self.lora_refs: dict[str, LoRARef] = {}
         self.last_used: dict[str, float] = {}
-        self.awaited: set[str] = set()
         self.num_pinned_loras = 0
         self.target_modules = None if not target_modules or "all" in target_modules else set(target_modules)
 
@@ -58,6 +57,7 @@ class BDLoRAManager(LoRAManager):
             hosts.append(host)
         self.host = HostModel(hosts)
         self.memory_pool = MemoryPool(options.lora_pool_bytes, self.dtype, self.device, self.max_loras_per_batch)
+        self.admission = Admission(self.memory_pool, self.shards, self._pinned)
         self.lora_backend.attach(self.memory_pool.arena, linear)
 
         for ref in lora_paths or []:
@@ -167,16 +167,17 @@ class BDLoRAManager(LoRAManager):
 
     # Batches
 
-    def prefetch(self, running: set[str | None], waiting: Iterable[str | None]) -> None:
-        """Before a scheduling round: see prefetch.prefetch. None stands for the base model."""
-        ids = (uid for uid in waiting if uid is not None)
-        self.awaited = prefetch(self.memory_pool, self.shards, running - {None}, ids, self._pinned())
+    def next_round(self, running: set[str | None], waiting: Iterable[tuple[str, str | None]]) -> None:
+        """Before a scheduling round: see admission.py. waiting: (request id, adapter id); None stands for the base model."""
+        entries = (Waiting(request, uid) for request, uid in waiting if uid is not None)
+        self.admission.next_round(running - {None}, entries)
 
     def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
-        """Whether requests for these adapters (None: the base model) can run now, in one batch and beside the pinned ones."""
-        if len(lora_ids) > self.max_loras_per_batch or lora_ids & self.awaited:
+        """Whether requests for these adapters (None: the base model, which needs no room) fit into one batch beside the pinned ones."""
+        adapters = lora_ids - {None}
+        if len(adapters) > self.max_loras_per_batch:
             return False
-        return self.memory_pool.fits([self.shards[uid] for uid in (lora_ids - {None}) | self._pinned()])
+        return self.memory_pool.fits([self.shards[uid] for uid in adapters | self._pinned()])
 
     def fetch_new_loras(self, new_loras: set[str | None], running_loras: frozenset[str | None] = frozenset()) -> None:
         """Make the adapters of the next batch resident."""

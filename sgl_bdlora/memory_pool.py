@@ -83,7 +83,7 @@ class MemoryPool:
     Args:
         budget: bytes of device memory, all taken at start so that the KV cache is sized around it.
         dtype, device: of the weights, the model's own.
-        max_loras_per_batch: adapters (the base model counts as one) that one batch may name, SGLang's `--max-loras-per-batch`.
+        max_loras_per_batch: adapters that one batch may name, SGLang's `--max-loras-per-batch`; the base model is none of them.
     """
 
     def __init__(self, budget: int, dtype: torch.dtype, device: torch.device, max_loras_per_batch: int):

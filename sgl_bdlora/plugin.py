@@ -31,6 +31,7 @@ def register() -> None:
     _hook("sglang.srt.lora.lora_manager.LoRAManager.validate_new_adapter", _before_validate_new_adapter, "BEFORE")
     _hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _after_get_internal_state, "AFTER")
     _hook("sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill", _before_get_new_batch_prefill, "BEFORE")
+    _hook("sglang.srt.managers.scheduler.Scheduler._can_schedule_lora_req", _around_can_schedule_lora_req, "AROUND")
     _hook(
         "sglang.srt.layers.vocab_parallel_embedding.VocabParallelEmbedding._embed_local_shard",
         _around_embed_local_shard,
@@ -157,7 +158,8 @@ def _before_get_new_batch_prefill(scheduler, running_batch) -> None:
     running = {req.lora_id for req in running_batch.reqs if not req.finished()}
     if scheduler.chunked_req is not None:
         running.add(scheduler.chunked_req.lora_id)
-    scheduler.tp_worker.model_runner.lora_manager.prefetch(running, (req.lora_id for req in scheduler.waiting_queue))
+    waiting = ((req.rid, req.lora_id) for req in scheduler.waiting_queue)
+    scheduler.tp_worker.model_runner.lora_manager.next_round(running, waiting)
 
 
 def _around_embed_local_shard(original, layer, input_):
@@ -174,6 +176,14 @@ def _around_compute_lm_head(original, processor, hidden_states, lm_head, *args, 
     logits = original(processor, hidden_states, lm_head, *args, **kwargs)
     embedding.add_to_logits(lm_head, logits, hidden_states)
     return logits
+
+
+def _around_can_schedule_lora_req(original, scheduler, req, running_loras) -> bool:
+    """SGLang lets an adapter in use take every new request at once (Scheduler._can_schedule_lora_req)."""
+    if scheduler.server_args.lora_backend == config.BACKEND:
+        if req.lora_id in scheduler.tp_worker.model_runner.lora_manager.admission.closed:
+            return False
+    return original(scheduler, req, running_loras)
 
 
 def _before_capture(runner) -> None:

@@ -60,7 +60,10 @@ def test_offline_engine(zoo, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--enable-mis",), "--enable-mis does not work with --lora-backend bdlora"),
+        (
+            ("--enable-lora-overlap-loading", "--max-loaded-loras", "16"),
+            "--enable-lora-overlap-loading does not work with --lora-backend bdlora",
+        ),
         (("--lora-paths", "broken=/nonexistent/adapter"), "LoRA adapter 'broken'"),
     ],
 )
