@@ -16,8 +16,8 @@ from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from sgl_bdlora import config
-from sgl_bdlora.admission import Admission, Waiting
 from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, read_adapter
+from sgl_bdlora.admission import Admission, Waiting
 from sgl_bdlora.layers import embedding
 from sgl_bdlora.layers.host import host_layers, vocabulary_layers
 from sgl_bdlora.layers.linear import LoRALinearMethod

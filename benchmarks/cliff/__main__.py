@@ -20,12 +20,21 @@ from pathlib import Path
 import httpx
 from tqdm import tqdm
 
+from benchmarks.files import (
+    LLAMA_8B,
+    TINY,
+    Shape,
+    bytes_per_rank,
+    matched_rank,
+    parameters,
+    write_adapters,
+    write_model,
+)
 from benchmarks.process import ServerProcess, StartFailed, free_port
 from benchmarks.record import RESULTS, Rows, gpu_name
 
 from . import plot
 from .arms import ARMS, Setup, command, name
-from .files import LLAMA_8B, TINY, Shape, bytes_per_rank, matched_rank, parameters, write_adapters, write_model
 from .load import Requests, capacity, run_point, settle, summarize
 
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import MODULES
+from benchmarks.files import MODULES
 
 ARMS = {
     "stock": "SGLang's own LoRA (csgmv), plain adapters",

@@ -4,8 +4,9 @@ import random
 from collections import Counter
 
 import pytest
-from sgl_bdlora.admission import COPIES_PER_ROUND, Admission, Waiting
 from test_memory_pool import holds, pool, shard
+
+from sgl_bdlora.admission import COPIES_PER_ROUND, Admission, Waiting
 
 SHARDS = {name: shard(name, 8) for name in "abcdefgh"} | {"wide": shard("wide", 24)}
 

@@ -14,7 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.cliff import arms, files, load
+from benchmarks import files
+from benchmarks.cliff import arms, load
 from benchmarks.record import Rows, read_rows
 from benchmarks.soak import catalogue, memory, references
 from benchmarks.soak.names import Names

@@ -44,6 +44,7 @@ class Shape:
         }[module]
 
 
+LLAMA_70B = Shape("Llama-3.1-70B shape", 8192, 28672, 80, 64, 8, 128256, torch.bfloat16)
 LLAMA_8B = Shape("Llama-3.1-8B shape", 4096, 14336, 32, 32, 8, 128256, torch.bfloat16)
 TINY = Shape("tiny llama", 128, 256, 2, 8, 4, 512, torch.float32)
 
@@ -121,9 +122,9 @@ def parameters(shape: Shape, rank: int, nblocks: int | None) -> int:
     return total * shape.layers
 
 
-def matched_rank(shape: Shape, rank: int, nblocks: int) -> int:
-    """Rank of the block-diagonal adapter, a multiple of nblocks, whose parameters come closest to those of a plain one of `rank`."""
-    target = parameters(shape, rank, None)
+def matched_rank(shape: Shape, rank: int, nblocks: int, ratio: float = 1.0) -> int:
+    """Rank of the block-diagonal adapter, a multiple of nblocks, whose parameters come closest to `ratio` times a plain one's of `rank`."""
+    target = ratio * parameters(shape, rank, None)
     candidates = range(nblocks, 4 * rank + nblocks, nblocks)
     return min(candidates, key=lambda r: abs(parameters(shape, r, nblocks) - target))
 

@@ -1,0 +1,155 @@
+"""The linear layers of one decode step as the server runs them, inside a CUDA graph: with adapters, and cuBLAS without.
+
+    python -m benchmarks.kernels.decode_step [--tp 2] [--tokens 1 8 32] [--adapters 1 4 16] [--rank 12] [--output FILE]
+
+One tensor-parallel rank of Llama-3.1-8B, bfloat16, products only: no attention, no collectives. Milliseconds are medians.
+
+    cublas      the base products alone
+    linear      ours: shrink on a second stream, expand in the base product's epilogue
+    late        the same with no shrink running: every tile gives up waiting and computes its own (what a stuck stream would cost)
+    separate    cuBLAS, then shrink and expand as launches of their own (quantised bases, more than 64 tokens)
+    bytes       the time that the weights alone would take at the bandwidth given by --bandwidth, base and adapters
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.record import RESULTS, Rows
+from sgl_bdlora.kernels.decode import Decode
+from sgl_bdlora.memory_pool import MemoryPool
+from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
+
+LAYERS = 32
+# Inputs and outputs of each slice at TP 1; the split side is divided by TP.
+COLUMN = {"qkv_proj": (4096, (4096, 1024, 1024)), "gate_up_proj": (4096, (14336, 14336))}
+ROW = {"o_proj": (4096, 4096), "down_proj": (14336, 4096)}
+ORDER = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+def hosts(tp: int) -> list[HostLayer]:
+    made = []
+    for i in range(LAYERS):
+        for leaf in ORDER:
+            if leaf in COLUMN:
+                inputs, outputs = COLUMN[leaf][0], [size // tp for size in COLUMN[leaf][1]]
+            else:
+                inputs, outputs = ROW[leaf][0] // tp, [ROW[leaf][1]]
+            slices = [
+                HostSlice(f"{leaf}.{s}", Span.whole(inputs), Span.whole(size), sum(outputs[:s]))
+                for s, size in enumerate(outputs)
+            ]
+            made.append(HostLayer(f"layers.{i}.{leaf}", "column", tuple(slices)))
+    return made
+
+
+def shard(name: str, layers: list[HostLayer], rank: int) -> AdapterShard:
+    """An adapter on all layers with local rank `rank`."""
+    layouts, offsets, total = {}, {}, 0
+    whole = Span.whole(rank)
+    for host in layers:
+        inputs, made = host.slices[0].inputs, []
+        offset = rank * len(host.slices) * len(inputs)
+        for i, s in enumerate(host.slices):
+            piece = PieceLayout("none", whole, whole, inputs, s.outputs)
+            made.append(SliceLayout(s.name, piece, 1.0, i * rank, offset, s.y_start))
+            offset += rank * len(s.outputs)
+        layouts[host.path] = LayerLayout(tuple(made), rank * len(host.slices), len(inputs), offset)
+        offsets[host.path] = total
+        total += offset
+    weights = (torch.randn(total) * 0.02).to(torch.bfloat16).pin_memory()
+    return AdapterShard(name, "plain", rank, 1, layouts, offsets, weights)
+
+
+def graph_ms(run, before, repeats: int) -> float:
+    """Median milliseconds of a replay of `run`; `before` runs ahead of each, outside the graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            before()
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    before()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        before()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.decode_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--tp", type=int, default=2, help="one rank of this many (default: 2)")
+    add("--tokens", type=int, nargs="+", default=[1, 8, 32])
+    add("--adapters", type=int, nargs="+", default=[1, 4, 16], help="different adapters in the batch (default: 1 4 16)")
+    add("--rank", type=int, default=12, help="local rank (default: 12, block-diagonal of 24 at TP 2)")
+    add("--repeats", type=int, default=50)
+    add("--bandwidth", type=float, default=4.3, help="TB/s for the floor by bytes (default: 4.3, one H200)")
+    add("--output", type=Path)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU")
+    rows = Rows(args.output or RESULTS / time.strftime("decode-step-%Y%m%dT%H%M%SZ.jsonl", time.gmtime()), tp=args.tp)
+
+    layers = hosts(args.tp)
+    shards = {f"{i}": shard(f"{i}", layers, args.rank) for i in range(max(args.adapters))}
+    budget = sum(s.nbytes for s in shards.values())
+    pool = MemoryPool(budget, torch.bfloat16, torch.device("cuda"), len(shards))
+    pool.ensure(shards)
+    residents = [pool.get(uid) for uid in shards]
+    decode = Decode(pool.arena, layers, max(args.tokens))
+    sizes = [(sum(len(s.outputs) for s in host.slices), len(host.slices[0].inputs)) for host in layers]
+    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for n, k in sizes]
+    base_bytes = sum(w.nbytes for w in weights)
+
+    for tokens in args.tokens:
+        xs = [torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16) for _, k in sizes]
+        for count in [n for n in args.adapters if n <= tokens or n == 1]:
+            owners = np.arange(tokens, dtype=np.int32) % count
+            capture = lambda c=count, o=owners: decode.set_batch(residents[:c], o, capturing=True)  # noqa: E731
+
+            def cublas(xs=xs):
+                return [torch.mm(x, w.T) for x, w in zip(xs, weights, strict=True)]
+
+            def linear(xs=xs):
+                return [decode.linear(x, w, None, h.path) for x, w, h in zip(xs, weights, layers, strict=True)]
+
+            def separate(xs=xs):
+                for x, w, host in zip(xs, weights, layers, strict=True):
+                    decode.add_lora(torch.mm(x, w.T), x, host.path)
+
+            row = {"cublas_ms": graph_ms(cublas, capture, args.repeats)}
+            row["linear_ms"] = graph_ms(linear, capture, args.repeats)
+            shrink, decode._shrink = decode._shrink, lambda *a, **k: None
+            row["late_ms"] = graph_ms(linear, capture, 5)
+            decode._shrink = shrink
+            row["separate_ms"] = graph_ms(separate, capture, args.repeats)
+            row["bytes_ms"] = (base_bytes + count * shards["0"].nbytes) / (args.bandwidth * 1e9)
+            rows.write(tokens=tokens, adapters=count, rank=args.rank, **row)
+            times = "  ".join(f"{name.removesuffix('_ms')} {ms:6.3f}" for name, ms in row.items())
+            ratio = row["linear_ms"] / row["cublas_ms"]
+            print(f"{tokens:3d} tokens {count:3d} adapters  {times}  linear/cublas {ratio:.3f}", flush=True)
+    print(rows.path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

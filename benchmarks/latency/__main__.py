@@ -1,0 +1,249 @@
+"""Latency of a decode step and of the first token: without LoRA, SGLang's own LoRA, and ours under each sharding.
+
+    python -m benchmarks.latency --tp 2                                   # 2 GPUs, Llama-3.1-8B shape, about 6 minutes
+    python -m benchmarks.latency --tp 2 --batches 1 8 32 128 --lengths 128/128 1024/128 2048/512 128/1024 --mixes 16x1 16x4 64x4 128x16
+    python -m benchmarks.latency --device cpu --tiny                      # tries the benchmark itself
+
+Each point is a batch of equal requests sent at once, repeated; a decode step is the time of the whole batch less that of its first
+tokens, by the tokens between. The server without LoRA runs first and last; the difference is the machine's drift.
+Rows are appended to benchmarks/results/ as soon as a point is measured; plots are drawn at the end.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import httpx
+from tqdm import tqdm
+
+from benchmarks.files import (
+    LLAMA_8B,
+    LLAMA_70B,
+    TINY,
+    Shape,
+    bytes_per_rank,
+    matched_rank,
+    parameters,
+    write_adapter,
+    write_model,
+)
+from benchmarks.process import ServerProcess, StartFailed, free_port
+from benchmarks.record import RESULTS, Rows, gpu_name
+
+from . import plot
+from .arms import ARMS, SERVERS, Setup, command
+from .mixes import Adapter, Mix, adapters_of, mix
+
+MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
+
+
+def lengths(text: str) -> tuple[int, int]:
+    prompt, slash, output = text.partition("/")
+    if not (slash and prompt.isdigit() and output.isdigit() and int(prompt) and int(output) > 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: has to be PROMPT/OUTPUT tokens like 128/128, output at least 2")
+    return int(prompt), int(output)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--tp", type=int, default=1)
+    add("--model", choices=list(MODELS), default="8b", help="shape of the base model (default: 8b)")
+    add("--layers", type=int, help="layers of it (default: all)")
+    add("--tiny", action="store_true", help="a tiny model instead")
+    add("--batches", type=int, nargs="+", default=[1, 8, 32], help="requests in a batch (default: 1 8 32)")
+    add("--lengths", type=lengths, nargs="+", default=[(128, 128)], metavar="IN/OUT", help="tokens (default: 128/128)")
+    add(
+        "--mixes", type=mix, nargs="+", default=[mix("16x4")], metavar="RxN", help="adapters of a batch (default: 16x4)"
+    )
+    add(
+        "--ratios",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="parameters of block-diagonal adapters by plain ones' (default: 1)",
+    )
+    add("--nblocks", type=int, help="of block-diagonal adapters (default: --tp, but at least 2)")
+    add("--repeats", type=int, default=5)
+    add("--extra-arguments", default="", metavar="WORDS", help="further arguments of all servers, one string")
+    add("--start-timeout", type=float, default=300, help="seconds that a server may take to start (default: 300)")
+    add(
+        "--files", type=Path, help="where model and adapters are kept for the next run (default: a temporary directory)"
+    )
+    add("--output", type=Path, help="results file (default: benchmarks/results/latency-<time>.jsonl)")
+    args = parser.parse_args(argv)
+    args.nblocks = args.nblocks or max(2, args.tp)
+    args.output = args.output or RESULTS / time.strftime("latency-%Y%m%dT%H%M%SZ.jsonl", time.gmtime())
+    if args.device == "cuda" and gpu_name() is None:
+        parser.error("there is no NVIDIA GPU here; say --device cpu --tiny to try the benchmark without one")
+    if args.tiny:
+        args.lengths = [(min(prompt, 32), min(output, 8)) for prompt, output in args.lengths]
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    base = TINY if args.tiny else MODELS[args.model]
+    shape = Shape(**{**vars(base), "layers": args.layers or base.layers})
+    kept = nullcontext(args.files) if args.files else tempfile.TemporaryDirectory(prefix="latency-")
+    with kept as folder:
+        return Latency(args, shape, Path(folder)).run()
+
+
+class Latency:
+    """One run: files, then each server and the points of its arms."""
+
+    def __init__(self, args: argparse.Namespace, shape: Shape, folder: Path):
+        self.args, self.shape = args, shape
+        self.folder = folder / f"{shape.name.replace(' ', '-')}-{shape.layers}"
+        self.points: list[dict] = []
+        self.rows = Rows(
+            args.output, benchmark="latency", device=args.device, model=shape.name, layers=shape.layers, tp=args.tp,
+            repeats=args.repeats, extra_arguments=args.extra_arguments,
+        )  # fmt: skip
+
+    def run(self) -> int:
+        args = self.args
+        model = self.folder / "model"
+        if not (model / "pytorch_model.bin").exists():
+            print(f"Writing a random model ({self.shape.name}, {self.shape.layers} layers) ...", flush=True)
+            write_model(self.shape, model)
+        self.paths = self._write_adapters()
+        failed = False
+        for server, arms in SERVERS.items():
+            arms = [arm for arm in arms if arm in args.arms]
+            if not arms:
+                continue
+            try:
+                self._run_server(server, arms)
+            except (StartFailed, httpx.HTTPError) as error:
+                failed = True
+                self.rows.write(kind="error", server=server, message=str(error))
+                print(f"{server}: {error}", file=sys.stderr, flush=True)
+        self._summarize()
+        return 1 if failed else 0
+
+    def _write_adapters(self) -> dict[str, Path]:
+        wanted: dict[str, Adapter] = {}
+        for chosen in self.args.mixes:
+            for ratio in (None, *self.args.ratios):
+                wanted |= {adapter.name: adapter for adapter in adapters_of(chosen, ratio)}
+        self.ranks = {name: self._rank(adapter.rank, adapter.ratio) for name, adapter in wanted.items()}
+        paths = {}
+        for name, adapter in tqdm(wanted.items(), desc="Writing adapters", unit="adapter", leave=False):
+            nblocks = None if adapter.ratio is None else self.args.nblocks
+            paths[name] = self.folder / f"{name}-nb{nblocks or 0}"
+            if not (paths[name] / "adapter_model.safetensors").exists():
+                write_adapter(self.shape, paths[name], self.ranks[name], nblocks, seed=adapter.number)
+        return paths
+
+    def _rank(self, plain_rank: int, ratio: float | None) -> int:
+        if ratio is None:
+            return plain_rank
+        return matched_rank(self.shape, plain_rank, self.args.nblocks, ratio)
+
+    def _setup(self, names: list[str]) -> Setup:
+        args = self.args
+        longest = max(prompt for prompt, _ in args.lengths)
+        # A server is told no larger rank than it serves: SGLang's own LoRA pads all adapters to it.
+        ranks = [rank for name, rank in self.ranks.items() if name in names]
+        # Room for every adapter, and what uneven pieces and alignment add.
+        pool = sum(bytes_per_rank(self.shape, self.paths[name], args.tp) for name in names) * 1.02 + 2**20
+        return Setup(
+            self.folder / "model",
+            str(self.shape.dtype).removeprefix("torch."),
+            args.tp,
+            args.device,
+            max(args.batches),
+            max(m.adapters for m in args.mixes) + 1,
+            max(ranks, default=1),
+            max(args.batches) * longest,
+            int(pool),
+            tuple(args.extra_arguments.split()),
+        )
+
+    def _run_server(self, server: str, arms: list[str]) -> None:
+        names = [] if server.startswith("no-lora") else list(self.paths)
+        if server in ("stock", "s-lora"):
+            names = [name for name in names if name.startswith("plain-")]
+        setup = self._setup(names)
+        port = free_port()
+        words, environment = command(server, setup, {name: self.paths[name] for name in names}, port)
+        log = self.rows.path.with_name(f"{self.rows.path.stem}-{server.replace(' ', '-')}.log")
+        begin = time.monotonic()
+        with ServerProcess(words, environment, f"http://127.0.0.1:{port}", log, self.args.start_timeout) as running:
+            print(f"{server}: ready after {time.monotonic() - begin:.0f} s", flush=True)
+            for arm in arms:
+                for chosen in self.args.mixes:
+                    for ratio in self.args.ratios if arm == "block-diagonal" else [None]:
+                        self._measure(running.url, server, arm, chosen, ratio)
+
+    def _measure(self, url: str, server: str, arm: str, chosen: Mix, ratio: float | None) -> None:
+        base_only = arm in ("no-lora", "stock-base-only", "loaded-base-only")
+        adapters = [] if base_only else adapters_of(chosen, ratio)
+        for prompt, output in self.args.lengths:
+            for batch in self.args.batches:
+                names = [adapters[i % len(adapters)].name for i in range(batch)] if adapters else None
+                first, whole = self._time(url, batch, prompt, output, names)
+                row = self.rows.write(
+                    kind="point", arm=arm, server=server, mix=chosen.text, adapters=len(adapters),
+                    rank=[self._rank(rank, ratio) for rank in chosen.ranks] if adapters else [],
+                    params_ratio=self._measured_ratio(chosen, ratio) if adapters else None,
+                    batch=batch, input_len=prompt, output_len=output,
+                    ttft_ms=first * 1e3, decode_ms=(whole - first) / (output - 1) * 1e3, e2e_s=whole,
+                )  # fmt: skip
+                self.points.append(row)
+                print(
+                    f"  {arm:<16} {chosen.text:<10} batch {batch:3d}  {prompt}/{output}  decode {row['decode_ms']:7.3f} ms  "
+                    f"first token {row['ttft_ms']:8.1f} ms",
+                    flush=True,
+                )
+
+    def _measured_ratio(self, chosen: Mix, ratio: float | None) -> float:
+        nblocks = None if ratio is None else self.args.nblocks
+        have = sum(parameters(self.shape, self._rank(rank, ratio), nblocks) for rank in chosen.ranks)
+        return have / sum(parameters(self.shape, rank, None) for rank in chosen.ranks)
+
+    def _time(self, url: str, batch: int, prompt: int, output: int, names: list[str] | None) -> tuple[float, float]:
+        """Median seconds until every request has its first token, and until all have ended."""
+        rng = random.Random(0)
+        first, whole = [], []
+        with httpx.Client(timeout=600) as client:
+            for repeat in range(-1, self.args.repeats):
+                for tokens, times in ((1, first), (output, whole)):
+                    body = {
+                        "input_ids": [
+                            [rng.randrange(3, self.shape.vocab) for _ in range(prompt)] for _ in range(batch)
+                        ],
+                        "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
+                        **({"lora_path": names} if names else {}),
+                    }
+                    begin = time.perf_counter()
+                    client.post(f"{url}/generate", json=body).raise_for_status()
+                    if repeat >= 0:
+                        times.append(time.perf_counter() - begin)
+        return statistics.median(first), statistics.median(whole)
+
+    def _summarize(self) -> None:
+        print(plot.table(self.points))
+        if self.points:
+            picture = self.rows.path.with_suffix(".png")
+            try:
+                plot.draw(self.points, picture)
+                print(picture)
+            except ImportError as error:
+                print(f"no plot ({error}); python -m benchmarks.latency.plot {self.rows.path} draws it elsewhere")
+        print(self.rows.path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Arms, and the servers that they run on: arms that differ only in what is asked for share a server."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.files import MODULES
+
+ARMS = {
+    "no-lora": "SGLang without LoRA",
+    "stock": "SGLang's own LoRA (csgmv), plain adapters",
+    "stock-base-only": "the same server, requests for the base model only",
+    "replicated": "ours, plain adapters whole where a layer does not split them",
+    "s-lora": "ours, plain adapters fully sharded as in S-LoRA",
+    "block-diagonal": "ours, block-diagonal adapters",
+    "loaded-base-only": "ours with adapters loaded, requests for the base model only",
+}
+# Server -> its arms.
+SERVERS = {
+    "no-lora": ("no-lora",),
+    "stock": ("stock", "stock-base-only"),
+    "ours": ("replicated", "block-diagonal", "loaded-base-only"),
+    "s-lora": ("s-lora",),
+    # The first server once more: what the machine's own drift is.
+    "no-lora again": ("no-lora",),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all servers share. pool_bytes: of our servers, per rank. extra: further arguments."""
+
+    model: Path
+    dtype: str
+    tp: int
+    device: str
+    max_batch: int
+    max_adapters: int
+    max_rank: int
+    max_tokens: int
+    pool_bytes: int
+    extra: tuple[str, ...] = ()
+
+
+def command(server: str, setup: Setup, adapters: dict[str, Path], port: int) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment. adapters: name -> directory, loaded at start."""
+    words = [
+        *("--model-path", str(setup.model), "--skip-tokenizer-init", "--dtype", setup.dtype, "--tp-size", str(setup.tp)),
+        *("--host", "127.0.0.1", "--port", str(port), "--max-running-requests", str(setup.max_batch)),
+        *("--chunked-prefill-size", str(setup.max_tokens), "--max-prefill-tokens", str(setup.max_tokens)),
+        "--disable-radix-cache",
+    ]  # fmt: skip
+    if setup.device == "cpu":
+        words += ["--max-total-tokens", "32768"]
+    else:
+        words += ["--grammar-backend", "none", "--cuda-graph-max-bs", str(setup.max_batch)]
+    if adapters or setup.device == "cpu":
+        words += ["--max-loras-per-batch", str(setup.max_adapters), "--max-lora-rank", str(setup.max_rank)]
+        words += ["--lora-target-modules", *MODULES]
+    if adapters:
+        words += ["--lora-paths", *(f"{name}={folder}" for name, folder in adapters.items())]
+    words += setup.extra
+    if server in ("ours", "s-lora"):
+        sharding = "s-lora" if server == "s-lora" else "replicated"
+        ours = ["--lora-pool-gb", repr(setup.pool_bytes / 2**30), "--lora-sharding", sharding]
+        return [sys.executable, "-m", "sgl_bdlora.launch_server", *words, *ours], {}
+    if setup.device == "cpu":
+        # Our launcher brings what SGLang needs on a CPU, and leaves its LoRA alone. It always enables LoRA: this only tries the benchmark.
+        return [sys.executable, "-m", "sgl_bdlora.launch_server", "--lora-backend", "torch_native", *words], {}
+    lora = ["--enable-lora", "--lora-backend", "csgmv"] if adapters else []
+    return [sys.executable, "-m", "sglang.launch_server", *lora, *words], {"SGLANG_PLUGINS": "none"}
