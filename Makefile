@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PORT ?= 30000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint format
+.PHONY: help venv demo test test-all test-gpu lint format
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ test: $(STAMP) ## Run the default test suite
 
 test-all: $(STAMP) ## Run the whole test matrix (about 20 minutes on 2 cores)
 	@$(PY) -m pytest -m "not gpu"
+
+test-gpu: $(STAMP) ## Run the kernels' and the servers' tests on this machine's GPUs
+	@$(PY) -m pytest -s tests/kernels tests/server/test_gpu.py
 
 lint: $(STAMP) ## Check style
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

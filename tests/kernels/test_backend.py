@@ -1,0 +1,112 @@
+"""The back end on the kernels' path: what a linear layer gives, whichever way the batch's rows and adapters ask for it."""
+
+import pytest
+import torch
+from test_decode import ERROR, HOSTS, PATHS, SHARDS, K, N, make
+
+from sgl_bdlora.memory_pool import MemoryPool
+from sgl_bdlora.sharding import AdapterShard
+
+
+class Layer(torch.nn.Module):
+    """What UnquantizedLinearMethod reads of a layer."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weight = torch.nn.Parameter(
+            (torch.randn(sum(N), K, generator=generator) * 0.1).to(dtype), requires_grad=False
+        )
+
+
+@pytest.fixture
+def served(device, monkeypatch):
+    """(back end, pool, layer's linear method, layer)."""
+    from sgl_bdlora import cpu, plugin
+
+    if device.type == "cpu":
+        cpu.prepare_environment()
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    from sgl_bdlora.kernels.backend import BDLoRABackend
+    from sgl_bdlora.kernels.decode import Decode
+    from sgl_bdlora.layers.linear import LoRALinearMethod
+
+    monkeypatch.setattr(plugin, "verify_hooks", lambda: None)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    pool = MemoryPool(4 << 20, dtype, device, 16)
+    shards = {
+        n: AdapterShard(n, s.kind, s.rank, 1, s.layers, s.offsets, s.weights.to(dtype)) for n, s in SHARDS.items()
+    }
+    pool.ensure(shards)
+    backend = BDLoRABackend(16, device, None)
+    # As on a GPU, whatever this machine has.
+    backend._decode = Decode(pool.arena, HOSTS, 64)
+    return backend, pool, LoRALinearMethod(UnquantizedLinearMethod(), backend, PATHS[0]), Layer(dtype).to(device)
+
+
+def ask(backend, pool, names: list, lengths: list[int]) -> None:
+    adapters = [None if name is None else pool.get(name) for name in names]
+    backend.set_batch(adapters, lengths, lengths)
+
+
+def torch_path(served, names, lengths, x):
+    """The same by torch operations."""
+    backend, pool, method, layer = served
+    kernels, backend._decode = backend._decode, None
+    ask(backend, pool, names, lengths)
+    y = method.apply(layer, x)
+    backend._decode = kernels
+    return y
+
+
+@pytest.mark.parametrize("lengths", [[1, 1, 1, 1], [20, 1, 7, 60]], ids=["decode", "prefill"])
+@pytest.mark.parametrize(
+    "names", [["plain", None, "blocks_b", "plain"], [None] * 4, ["large", "q and v", "small", "blocks_a"]]
+)
+def test_kernels_give_what_torch_operations_give(served, device, names, lengths):
+    backend, pool, method, layer = served
+    x = torch.randn(sum(lengths), K, generator=torch.Generator().manual_seed(2)).to(layer.weight)
+    wanted = torch_path(served, names, lengths, x)
+    ask(backend, pool, names, lengths)
+    assert backend.replayable
+    got = method.apply(layer, x)
+    error = (got - wanted).float().abs().max() / wanted.float().abs().max()
+    assert error < (ERROR if device.type == "cpu" else 2**-6)
+
+
+def test_leading_dimensions_and_bias(served, device):
+    backend, pool, method, layer = served
+    x = torch.randn(2, 3, K, generator=torch.Generator().manual_seed(3)).to(layer.weight)
+    bias = torch.randn(sum(N), generator=torch.Generator().manual_seed(4)).to(layer.weight)
+    ask(backend, pool, ["plain", "small"], [3, 3])
+    got = method.apply(layer, x, bias)
+    assert got.shape == (2, 3, sum(N))
+    flat = method.apply(layer, x.flatten(0, 1), bias)
+    assert torch.equal(got.flatten(0, 1), flat)
+
+
+def test_a_graph_with_adapters_is_recorded_without_any(served, monkeypatch):
+    """SGLang captures with requests for the base only and says which variant it wants."""
+    backend, pool, method, layer = served
+    x = torch.randn(4, K).to(layer.weight)
+    module = "sgl_bdlora.kernels.backend.get_capture_lora_variant"
+    for variant, fused in (("lora", True), ("nolora", False), (None, False)):
+        monkeypatch.setattr(module, lambda v=variant: v)
+        ask(backend, pool, [None] * 4, [1] * 4)
+        assert backend.fuses(PATHS[0], x, layer.weight) == fused
+        assert torch.allclose(method.apply(layer, x).float(), x.float() @ layer.weight.float().T, atol=0.05)
+
+
+def test_adapters_that_are_no_rank_rows_run_without_graphs(served):
+    backend, pool, method, layer = served
+    odd = make("odd", 4, 1, 1, (0,), ("model.embed_tokens",))
+    pool.ensure(
+        {"odd": AdapterShard("odd", "plain", 4, 1, odd.layers, odd.offsets, odd.weights.to(layer.weight.dtype))}
+    )
+    ask(backend, pool, ["odd", "plain"], [1, 1])
+    assert not backend.replayable
+    x = torch.randn(2, K).to(layer.weight)
+    assert torch.isfinite(method.apply(layer, x)).all()
+    ask(backend, pool, ["plain", None], [1, 1])
+    assert backend.replayable
