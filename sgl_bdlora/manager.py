@@ -106,6 +106,7 @@ class BDLoRAManager(LoRAManager):
                 error = str(refusal)
         if error is not None:
             return self.create_lora_update_result(success=False, error_message=error)
+        self.lora_backend.prepare(shard)
         self.shards[lora_ref.lora_id] = shard
         self.lora_refs[lora_ref.lora_id] = lora_ref
         self.num_pinned_loras += int(bool(lora_ref.pinned))

@@ -10,6 +10,7 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -33,15 +34,25 @@ class LayerWeights:
 class Resident:
     """An adapter whose weights are in the arena; one object per load.
 
-    number: counts loads, the same on every rank. blocks: host layer path -> (offset, numel) in elements.
+    number: counts loads, the same on every rank. blocks: host layer path -> (offset, numel) in elements of `arena`.
     arrival: the end of the copy, which a stream has to wait for before it reads the weights.
     """
 
     number: int
     shard: AdapterShard
     blocks: dict[str, tuple[int, int]]
-    layers: dict[str, LayerWeights]
     arrival: Arrival
+    arena: torch.Tensor
+
+    @cached_property
+    def layers(self) -> dict[str, LayerWeights]:
+        """Host layer path -> its weights."""
+        layers = {}
+        for path, layer in self.shard.layers.items():
+            offset, numel = self.blocks[path]
+            a, b = layer_views(self.arena[offset : offset + numel], layer)
+            layers[path] = LayerWeights(a, b, layer.slices)
+        return layers
 
 
 class PoolFull(RuntimeError):
@@ -168,7 +179,7 @@ class MemoryPool:
     def _install(self, uid: str, shard: AdapterShard, blocks: dict[str, tuple[int, int]]) -> None:
         arrival = self.copies.run(lambda: self._copy(shard, blocks))
         self.loads += 1
-        self._resident[uid] = Resident(self.loads, shard, blocks, self._views(shard, blocks), arrival)
+        self._resident[uid] = Resident(self.loads, shard, blocks, arrival, self.arena)
 
     def _place(self, shard: AdapterShard) -> dict[str, tuple[int, int]] | None:
         """Offsets for every layer's block: one run if there is one, so that the copy is one too; else wherever blocks fit."""
@@ -203,11 +214,3 @@ class MemoryPool:
     def _copy_run(self, shard: AdapterShard, source: int, target: int, length: int) -> None:
         if length:
             self.arena[target : target + length].copy_(shard.weights[source : source + length], non_blocking=True)
-
-    def _views(self, shard: AdapterShard, blocks: dict[str, tuple[int, int]]) -> dict[str, LayerWeights]:
-        layers = {}
-        for path, layer in shard.layers.items():
-            offset, numel = blocks[path]
-            a, b = layer_views(self.arena[offset : offset + numel], layer)
-            layers[path] = LayerWeights(a, b, layer.slices)
-        return layers

@@ -1,6 +1,6 @@
 """`--lora-backend bdlora`: the back end that SGLang's LoRA registry knows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,7 @@ from sgl_bdlora.kernels.batch import AdapterSet, Batch, distinct_adapters, make_
 from sgl_bdlora.kernels.torch_ops import add_embedding_lora, add_lora
 from sgl_bdlora.layers.collectives import TensorParallelCollectives
 from sgl_bdlora.memory_pool import Resident
-from sgl_bdlora.sharding import HostLayer
+from sgl_bdlora.sharding import AdapterShard, HostLayer
 
 if TYPE_CHECKING:
     from sgl_bdlora.kernels.decode import Decode
@@ -39,7 +39,6 @@ class BDLoRABackend(BaseLoRABackend):
         self._head_done = 0
         self._set: AdapterSet | None = None
         self._decode: Decode | None = None
-        self._new_decode: Callable[[int], Decode] | None = None
         self._decoding = False
         self.collectives = TensorParallelCollectives()
 
@@ -48,13 +47,17 @@ class BDLoRABackend(BaseLoRABackend):
         if arena.device.type == "cuda":
             from sgl_bdlora.kernels.decode import Decode
 
-            self._new_decode = lambda tokens: Decode(arena, hosts, tokens)
-            self._decode = self._new_decode(1)
+            self._decode = Decode(arena, hosts, max_tokens=1)
 
     def init_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:
         """Before graphs are captured: buffers as large as the largest graph's batch."""
         if self._decode is not None:
-            self._decode = self._new_decode(max_bs_in_cuda_graph * num_tokens_per_req)
+            self._decode = self._decode.resized(max_bs_in_cuda_graph * num_tokens_per_req)
+
+    def prepare(self, shard: AdapterShard) -> None:
+        """Work out, when an adapter is loaded, what its first batch would have to wait for."""
+        if self._decode is not None:
+            self._decode.rows(shard)
 
     @property
     def replayable(self) -> bool:

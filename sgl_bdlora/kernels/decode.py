@@ -84,6 +84,7 @@ class Decode:
     """
 
     def __init__(self, arena: torch.Tensor, hosts: Sequence[HostLayer], max_tokens: int):
+        self._hosts = hosts
         self.plans = {host.path: plan_for(host) for host in hosts}
         self.index = LayerIndex([host for host in hosts if self.plans[host.path]])
         self.max_tokens = max(max_tokens, FUSED_TOKENS)
@@ -103,6 +104,12 @@ class Decode:
         self._first_tag = 0
         self._used = 0
         self._capturing = False
+
+    def resized(self, max_tokens: int) -> "Decode":
+        """The same with room for graphs of max_tokens rows."""
+        other = Decode(self._arena, self._hosts, max_tokens)
+        other._rows = self._rows
+        return other
 
     def rows(self, shard: AdapterShard) -> RankRows | None:
         """The adapter's rank rows; None if it is not all rank rows of these layers."""
