@@ -40,10 +40,11 @@ class Admission:
         self._rounds = 0
         self.closed: frozenset[str] = frozenset()
 
-    def next_round(self, running: Collection[str], waiting: Iterable[Waiting]) -> None:
+    def next_round(self, running: Collection[str], waiting: Iterable[Waiting], base_runs: bool = False) -> None:
         """Set `closed`: the waiting adapters whose requests may not start in this round.
 
-        running: adapters of requests that run, or are being prefilled in parts. waiting: in any order.
+        running: adapters of requests that run, or are being prefilled in parts. waiting: in any order. base_runs: requests for the base
+        model run.
         """
         self._rounds += 1
         self._began = {uid: self._began.get(uid, self._rounds) for uid in running}
@@ -56,7 +57,7 @@ class Admission:
             stay = set(self._first_that_fit(claims, latest_first, pinned)[len(claims) :])
         else:
             stay = set(running)
-        self.closed = frozenset(queue) - stay - self._bring(claims, set(running), pinned)
+        self.closed = frozenset(queue) - stay - self._bring(claims, set(running), pinned, bool(running) or base_runs)
 
     def _in_order(self, waiting: Iterable[Waiting]) -> list[str]:
         """The adapters, by when the oldest of their waiting requests came."""
@@ -82,7 +83,7 @@ class Admission:
             taken.append(uid)
         return taken
 
-    def _bring(self, claims: list[str], running: set[str], pinned: Collection[str]) -> set[str]:
+    def _bring(self, claims: list[str], running: set[str], pinned: Collection[str], busy: bool) -> set[str]:
         """Start the copies of the claims, in order, as far as what runs leaves room. Returns those that can start now.
 
         While something runs, a copy has the time of a batch before its first request starts, so that nobody waits for it.
@@ -97,6 +98,6 @@ class Admission:
             if not resident:
                 self._pool.ensure({uid: self._shards[uid]}, protected={*kept, *pinned})
                 copies += 1
-            if resident or not running:
+            if resident or not busy:
                 present.add(uid)
         return present

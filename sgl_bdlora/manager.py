@@ -171,7 +171,7 @@ class BDLoRAManager(LoRAManager):
     def next_round(self, running: set[str | None], waiting: Iterable[tuple[str, str | None]]) -> None:
         """Before a scheduling round: see admission.py. waiting: (request id, adapter id); None stands for the base model."""
         entries = (Waiting(request, uid) for request, uid in waiting if uid is not None)
-        self.admission.next_round(running - {None}, entries)
+        self.admission.next_round(running - {None}, entries, base_runs=None in running)
 
     def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
         """Whether requests for these adapters (None: the base model, which needs no room) fit into one batch beside the pinned ones."""

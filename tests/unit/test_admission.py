@@ -41,6 +41,14 @@ def test_with_nothing_running_nobody_waits_for_a_round():
     assert residents(where) == {"a", "b"}
 
 
+def test_requests_for_the_base_do_not_wait_for_a_copy_either():
+    _, admission = start(4)
+    admission.next_round(set(), queue("a"), base_runs=True)
+    assert admission.closed == {"a"}
+    admission.next_round(set(), queue("a"), base_runs=True)
+    assert not admission.closed
+
+
 def test_running_and_pinned_adapters_stay():
     where, admission = start(3, "abc", pinned="b")
     admission.next_round({"a"}, queue("d"))
