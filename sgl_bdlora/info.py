@@ -13,10 +13,10 @@ from sglang.srt.distributed import get_tp_group
 STATE_KEY = "bdlora"
 
 
-def describe(manager, running: Counter) -> dict:
+def describe(manager, running: Counter, waiting: Counter) -> dict:
     """The state of one engine; a collective call among its tensor-parallel ranks.
 
-    manager: this rank's BDLoRAManager. running: adapter id -> running requests. Lists are by rank; sizes in bytes; times in
+    manager: this rank's BDLoRAManager. running, waiting: adapter id -> requests. Lists are by rank; sizes in bytes; times in
     seconds since the epoch.
     """
     pool = manager.memory_pool
@@ -47,11 +47,11 @@ def describe(manager, running: Counter) -> dict:
             "evictions": pool.evictions,
         },
         "collectives_per_step": max((shard.collectives for shard in manager.shards.values()), default=0),
-        "adapters": [_adapter(manager, uid, ranks, running) for uid in manager.shards],
+        "adapters": [_adapter(manager, uid, ranks, running, waiting) for uid in manager.shards],
     }
 
 
-def _adapter(manager, uid: str, ranks: list[dict], running: Counter) -> dict:
+def _adapter(manager, uid: str, ranks: list[dict], running: Counter, waiting: Counter) -> dict:
     ref, shard = manager.lora_refs[uid], manager.shards[uid]
     return {
         "name": ref.lora_name,
@@ -66,6 +66,7 @@ def _adapter(manager, uid: str, ranks: list[dict], running: Counter) -> dict:
         "pinned": bool(ref.pinned),
         "collectives_per_step": shard.collectives,
         "requests_running": running[uid],
+        "requests_waiting": waiting[uid],
         "last_used": manager.last_used.get(uid),
     }
 
@@ -84,8 +85,9 @@ def after_get_internal_state(result, scheduler, recv_req):
 
     manager = getattr(scheduler.tp_worker.model_runner, "lora_manager", None)
     if isinstance(manager, BDLoRAManager):
-        running = Counter(req.lora_id for req in scheduler.running_batch.reqs if req.lora_id is not None)
-        result.internal_state[STATE_KEY] = describe(manager, running)
+        running = Counter(req.lora_id for req in scheduler.running_batch.reqs)
+        waiting = Counter(req.lora_id for req in scheduler.waiting_queue)
+        result.internal_state[STATE_KEY] = describe(manager, running, waiting)
 
 
 def add_route(app) -> None:

@@ -1,5 +1,7 @@
 """GET /bdlora/info says what is loaded, and its bytes are those of the sharding formulas."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import pytest
 from servers import LLAMA, QWEN3, S_LORA, on
@@ -72,3 +74,17 @@ def test_s_lora_splits_plain_adapters_evenly(live):
     assert entries["plain-r32"]["host_bytes"] == [4 * total // 2] * 2
     assert entries["plain-r32"]["collectives_per_step"] == state["collectives_per_step"] == 8
     assert entries["bd2-r8"]["collectives_per_step"] == 0
+
+
+@on(LLAMA)
+def test_requests_are_counted_while_they_run(live):
+    asks = [live.ask("bd4-r16", new_tokens=200, prompt_logprobs=False) for _ in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(live.server.generate, asks)
+        seen = 0
+        while not answers.done():
+            entry = next(a for a in info(live)["adapters"] if a["name"] == "bd4-r16")
+            assert entry["requests_waiting"] >= 0
+            seen = max(seen, entry["requests_running"])
+        answers.result()
+    assert seen == 2
