@@ -36,7 +36,7 @@ from benchmarks.process import ServerProcess, StartFailed, free_port
 from benchmarks.record import RESULTS, Rows, gpu_name
 
 from . import plot
-from .arms import ARMS, SERVERS, Setup, command
+from .arms import ARMS, BASE_ONLY, SERVERS, Setup, command
 from .mixes import Adapter, Mix, adapters_of, mix
 
 MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
@@ -183,13 +183,12 @@ class Latency:
         with ServerProcess(words, environment, f"http://127.0.0.1:{port}", log, self.args.start_timeout) as running:
             print(f"{server}: ready after {time.monotonic() - begin:.0f} s", flush=True)
             for arm in arms:
-                for chosen in self.args.mixes:
+                for chosen in self.args.mixes[:1] if arm in BASE_ONLY else self.args.mixes:
                     for ratio in self.args.ratios if arm == "block-diagonal" else [None]:
                         self._measure(running.url, server, arm, chosen, ratio)
 
     def _measure(self, url: str, server: str, arm: str, chosen: Mix, ratio: float | None) -> None:
-        base_only = arm in ("no-lora", "stock-base-only", "loaded-base-only")
-        adapters = [] if base_only else adapters_of(chosen, ratio)
+        adapters = [] if arm in BASE_ONLY else adapters_of(chosen, ratio)
         for prompt, output in self.args.lengths:
             for batch in self.args.batches:
                 names = [adapters[i % len(adapters)].name for i in range(batch)] if adapters else None

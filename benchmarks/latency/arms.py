@@ -15,6 +15,7 @@ ARMS = {
     "block-diagonal": "ours, block-diagonal adapters",
     "loaded-base-only": "ours with adapters loaded, requests for the base model only",
 }
+BASE_ONLY = ("no-lora", "stock-base-only", "loaded-base-only")
 # Server -> its arms.
 SERVERS = {
     "no-lora": ("no-lora",),

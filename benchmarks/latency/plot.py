@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks.record import read_rows
 
+STYLES = ("-", "--", ":", "-.")
 COLOURS = {
     "no-lora": "black",
     "stock": "tab:red",
@@ -63,6 +64,8 @@ def draw(rows: list[dict], target: Path) -> None:
         2, len(places), figsize=(5.2 * len(places) + 2, 7.4), layout="constrained", squeeze=False
     )
     decode = baselines(rows, "decode_ms")
+    # One line style a label of an arm: its mixes and ratios.
+    styles: dict[str, dict[str, str]] = {}
     for column, place in enumerate(places):
         here = [row for row in rows if (row["input_len"], row["output_len"]) == place]
         latency, ratio = axes[0][column], axes[1][column]
@@ -70,23 +73,20 @@ def draw(rows: list[dict], target: Path) -> None:
             line = sorted((row for row in here if label(row) == name), key=lambda row: row["batch"])
             batches = sorted({row["batch"] for row in line})
             steps = [statistics.mean(row["decode_ms"] for row in line if row["batch"] == batch) for batch in batches]
-            colour = COLOURS[line[0]["arm"]]
-            latency.plot(batches, steps, marker="o", color=colour, label=name)
+            arm = styles.setdefault(line[0]["arm"], {})
+            look = {"color": COLOURS[line[0]["arm"]], "ls": arm.setdefault(name, STYLES[len(arm) % len(STYLES)])}
+            latency.plot(batches, steps, marker="o", label=name, **look)
             base = [decode.get((batch, *place)) for batch in batches]
             if all(base) and line[0]["arm"] != "no-lora":
-                ratio.plot(
-                    batches,
-                    [step / statistics.mean(b) for step, b in zip(steps, base, strict=True)],
-                    marker="o",
-                    color=colour,
-                )
+                ratios = [step / statistics.mean(b) for step, b in zip(steps, base, strict=True)]
+                ratio.plot(batches, ratios, marker="o", **look)
         latency.set(title=f"{place[0]} in / {place[1]} out", ylabel="decode step, ms")
-        latency.legend(fontsize=8)
         ratio.set(ylabel="by the step without LoRA", xlabel="requests in the batch")
         ratio.axhline(1, color="black", lw=0.8)
         for panel in (latency, ratio):
             panel.set_xscale("log", base=2)
             panel.grid(alpha=0.3)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     first = rows[0]
     figure.suptitle(
         f"{first['model']}, {first['layers']} layers, TP {first['tp']}, {first['gpu'] or 'CPU'}", fontsize=10

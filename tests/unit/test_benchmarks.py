@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: a wrong sampler, percentile or verdict makes every figure wrong."""
 
+import argparse
 import itertools
 import json
 import math
@@ -188,3 +189,30 @@ def test_arms_get_the_same_load_and_stock_gets_no_plugin(tmp_path):
     for shared in ("--max-loras-per-batch", "--max-running-requests", "--tp-size", "--log-level"):
         assert words[words.index(shared) + 1] == ours[ours.index(shared) + 1]
     assert f"adapter-01={tmp_path / 'b'}" in words
+
+
+def test_mixes_are_read():
+    from benchmarks.latency.mixes import adapters_of, mix
+
+    chosen = mix("8x2+128x1")
+    assert chosen.ranks == (8, 8, 128)
+    assert [a.name for a in adapters_of(chosen, None)] == ["plain-r8-0", "plain-r8-1", "plain-r128-0"]
+    assert [a.name for a in adapters_of(mix("16"), 0.85)] == ["bd0.85-r16-0"]
+    for wrong in ("", "x4", "16x0", "0x4", "16x4+", "a"):
+        with pytest.raises(argparse.ArgumentTypeError, match="RANKxADAPTERS"):
+            mix(wrong)
+
+
+def test_ratios_are_by_the_mean_of_the_servers_without_lora():
+    from benchmarks.latency.plot import table
+
+    point = {"mix": "16x4", "adapters": 0, "batch": 1, "input_len": 8, "output_len": 8, "ttft_ms": 10.0}
+    rows = [
+        {**point, "arm": "no-lora", "decode_ms": 1.0},
+        {**point, "arm": "block-diagonal", "adapters": 4, "params_ratio": 1.0, "decode_ms": 2.1},
+        {**point, "arm": "no-lora", "decode_ms": 1.1},
+    ]
+    text = table(rows)
+    assert "block-diagonal 1.00x 16x4" in text
+    assert "decode  2.00x" in text
+    assert "at most 10.0 %" in text
