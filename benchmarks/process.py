@@ -18,7 +18,8 @@ class StartFailed(RuntimeError):
 
 def free_port() -> int:
     """A free port below the ephemeral range, whose ports may be taken again before the server binds."""
-    for port in random.sample(range(20000, 32000), 100):
+    # Not the shared generator: tests seed it, and two runs at once would choose alike.
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
