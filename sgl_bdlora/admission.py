@@ -70,9 +70,13 @@ class Admission:
         self._came = came
         return sorted(oldest, key=oldest.__getitem__)
 
+    def fits(self, adapters: Collection[str]) -> bool:
+        """Whether one batch may name these adapters, and the pool holds them beside the pinned ones."""
+        return self._fits(adapters, self._pinned())
+
     def _fits(self, adapters: Collection[str], pinned: Collection[str]) -> bool:
-        needed = sum(self._shards[uid].nbytes for uid in {*adapters, *pinned})
-        return len(adapters) <= self._pool.max_loras_per_batch and needed <= self._pool.budget
+        together = [self._shards[uid] for uid in {*adapters, *pinned}]
+        return len(adapters) <= self._pool.max_loras_per_batch and self._pool.fits(together)
 
     def _first_that_fit(self, given: list[str], more: list[str], pinned: Collection[str]) -> list[str]:
         """given, and as many of `more`, in order, as fit beside them."""

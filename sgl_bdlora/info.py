@@ -7,9 +7,6 @@ travels with it; the route only unwraps it.
 import time
 from collections import Counter
 
-import torch
-from sglang.srt.distributed import get_tp_group
-
 STATE_KEY = "bdlora"
 
 
@@ -32,7 +29,7 @@ def describe(manager, running: Counter, waiting: Counter) -> dict:
             for uid, shard in manager.shards.items()
         },
     }
-    ranks = _all_ranks(mine, manager.tp_size)
+    ranks = manager.all_ranks(mine)
     return {
         "time": time.time(),
         "tp_size": manager.tp_size,
@@ -69,14 +66,6 @@ def _adapter(manager, uid: str, ranks: list[dict], running: Counter, waiting: Co
         "requests_waiting": waiting[uid],
         "last_used": manager.last_used.get(uid),
     }
-
-
-def _all_ranks(mine: dict, tp_size: int) -> list[dict]:
-    if tp_size == 1:
-        return [mine]
-    everyone: list = [None] * tp_size
-    torch.distributed.all_gather_object(everyone, mine, group=get_tp_group().cpu_group)
-    return everyone
 
 
 def after_get_internal_state(result, scheduler, recv_req):

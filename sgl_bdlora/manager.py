@@ -95,7 +95,7 @@ class BDLoRAManager(LoRAManager):
         except Exception as failure:
             logger.exception("sgl-bdlora: loading adapter %r failed", lora_ref.lora_name)
             error = f"LoRA adapter {lora_ref.lora_name!r}: {type(failure).__name__}: {failure}"
-        ranks = self._all_ranks((error, layer_sizes(shard) if shard else {}))
+        ranks = self.all_ranks((error, layer_sizes(shard) if shard else {}))
         error = next((theirs for theirs, _ in ranks if theirs is not None), None)
         if error is None:
             # Every rank compares the same numbers from here on, so all of them refuse or none.
@@ -112,7 +112,7 @@ class BDLoRAManager(LoRAManager):
         self.num_pinned_loras += int(bool(lora_ref.pinned))
         return self.create_lora_update_result(success=True)
 
-    def _all_ranks(self, mine):
+    def all_ranks(self, mine):
         """Every rank's `mine`, in order of rank."""
         if self.tp_size == 1:
             return [mine]
@@ -175,10 +175,7 @@ class BDLoRAManager(LoRAManager):
 
     def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
         """Whether requests for these adapters (None: the base model, which needs no room) fit into one batch beside the pinned ones."""
-        adapters = lora_ids - {None}
-        if len(adapters) > self.max_loras_per_batch:
-            return False
-        return self.memory_pool.fits([self.shards[uid] for uid in adapters | self._pinned()])
+        return self.admission.fits(lora_ids - {None})
 
     def fetch_new_loras(self, new_loras: set[str | None], running_loras: frozenset[str | None] = frozenset()) -> None:
         """Make the adapters of the next batch resident."""
