@@ -265,60 +265,18 @@ def linear_kernel(
         acc += tl.load(bias + n).to(tl.float32)[None, :]
     b_RN = _read_b(arena, table, r, n, LIMIT)
     acc = _expand_tile(
-        acc,
-        b_RN,
-        x,
-        arena,
-        table,
-        h,
-        t,
-        owner_T,
-        tag,
-        s,
-        r,
-        owner_R,
-        T,
-        K,
-        BT * SLICES * LIMIT,
-        LIMIT,
-        LIMIT,
-        SLICES,
-        SPLITS,
-        BT,
-        BR,
-        BKR,
-        True,
-    )
+        acc, b_RN, x, arena, table, h, t, owner_T, tag, s, r, owner_R,
+        T, K, BT * SLICES * LIMIT, LIMIT, LIMIT, SLICES, SPLITS, BT, BR, BKR, True,
+    )  # fmt: skip
     # Not pipelined: nothing may be read ahead of the tags.
     for first in tl.range(BR, n_rows, BR, num_stages=1):
         r = first + tl.arange(0, BR)
         owner_R = _low(tl.load(table + OWNER_FIELD * LIMIT + r))
         b_RN = _read_b(arena, table, r, n, LIMIT)
         acc = _expand_tile(
-            acc,
-            b_RN,
-            x,
-            arena,
-            table,
-            h,
-            t,
-            owner_T,
-            tag,
-            s,
-            r,
-            owner_R,
-            T,
-            K,
-            BT * SLICES * LIMIT,
-            LIMIT,
-            LIMIT,
-            SLICES,
-            SPLITS,
-            BT,
-            BR,
-            BKR,
-            True,
-        )
+            acc, b_RN, x, arena, table, h, t, owner_T, tag, s, r, owner_R,
+            T, K, BT * SLICES * LIMIT, LIMIT, LIMIT, SLICES, SPLITS, BT, BR, BKR, True,
+        )  # fmt: skip
     tl.store(y + t[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None])
 
 
@@ -359,30 +317,9 @@ def expand_kernel(
         if tl.max((owner_T[:, None] == owner_R[None, :]).to(tl.int32)) > 0:
             b_RN = _read_b(arena, table, r, n, LIMIT)
             acc = _expand_tile(
-                acc,
-                b_RN,
-                y,
-                arena,
-                table,
-                h,
-                t,
-                owner_T,
-                0,
-                s,
-                r,
-                owner_R,
-                T,
-                N,
-                split_stride,
-                stride,
-                LIMIT,
-                SLICES,
-                SPLITS,
-                BT,
-                BR,
-                16,
-                False,
-            )
+                acc, b_RN, y, arena, table, h, t, owner_T, 0, s, r, owner_R,
+                T, N, split_stride, stride, LIMIT, SLICES, SPLITS, BT, BR, 16, False,
+            )  # fmt: skip
     place = y + t[:, None].to(tl.int64) * N + n[None, :]
     mine = (owner_T >= 0)[:, None]
     acc += tl.load(place, mask=mine, other=0.0).to(tl.float32)
