@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 
-ENV = "SGL_BDLORA_OPTIONS"
+ENV = "BDLORA_OPTIONS"
 BACKEND = "bdlora"
 
 SHARDINGS = ("replicated", "s-lora")

@@ -33,8 +33,8 @@ class DemoModelError(RuntimeError):
 
 
 def cache_directory() -> Path:
-    """``$SGL_BDLORA_CACHE``, or ``~/.cache/sgl_bdlora``."""
-    cache = os.environ.get("SGL_BDLORA_CACHE")
+    """``$BDLORA_CACHE``, or ``~/.cache/sgl_bdlora``."""
+    cache = os.environ.get("BDLORA_CACHE")
     return Path(cache).expanduser() if cache else Path.home() / ".cache" / "sgl_bdlora"
 
 

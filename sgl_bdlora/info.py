@@ -7,6 +7,8 @@ travels with it; the route only unwraps it.
 import time
 from collections import Counter
 
+from sgl_bdlora import origin
+
 STATE_KEY = "bdlora"
 
 
@@ -25,6 +27,7 @@ def describe(manager, running: Counter, waiting: Counter) -> dict:
                 "host_bytes": shard.nbytes,
                 "pool_bytes": shard.nbytes if pool.get(uid) else 0,
                 "local_ranks": shard.local_ranks,
+                "plain_bytes": {name: n * shard.weights.itemsize for name, n in shard.plain_numel.items()},
             }
             for uid, shard in manager.shards.items()
         },
@@ -32,6 +35,9 @@ def describe(manager, running: Counter, waiting: Counter) -> dict:
     ranks = manager.all_ranks(mine)
     return {
         "time": time.time(),
+        "origin": {**origin.version(), **origin.hardware(manager.device.type)},
+        "model_layers": _layers(manager.host),
+        "dtype": str(manager.dtype).removeprefix("torch."),
         "tp_size": manager.tp_size,
         "lora_sharding": manager.sharding,
         "max_lora_rank": manager.max_lora_rank,
@@ -56,9 +62,15 @@ def _adapter(manager, uid: str, ranks: list[dict], running: Counter, waiting: Co
         "kind": shard.kind,
         "nblocks": shard.nblocks,
         "rank": shard.rank,
+        "parameters": shard.parameters,
         "local_ranks": [rank["adapters"][uid]["local_ranks"] for rank in ranks],
         "host_bytes": [rank["adapters"][uid]["host_bytes"] for rank in ranks],
         "pool_bytes": [rank["adapters"][uid]["pool_bytes"] for rank in ranks],
+        # What each rank would hold of a plain adapter of the same ranks, under each sharding.
+        "plain_bytes": {
+            sharding: [rank["adapters"][uid]["plain_bytes"][sharding] for rank in ranks]
+            for sharding in shard.plain_numel
+        },
         "resident": manager.memory_pool.get(uid) is not None,
         "pinned": bool(ref.pinned),
         "collectives_per_step": shard.collectives,
@@ -66,6 +78,50 @@ def _adapter(manager, uid: str, ranks: list[dict], running: Counter, waiting: Co
         "requests_waiting": waiting[uid],
         "last_used": manager.last_used.get(uid),
     }
+
+
+def _layers(host) -> list[dict]:
+    """The model's linear layers that take LoRA, as rank 0 sees them; layers of the same name and shapes are one entry.
+
+    count: how many there are. slices: the adapter modules of a layer, with whole and local sizes.
+    """
+    counts = Counter(
+        (
+            layer.path.rpartition(".")[2],
+            layer.parallelism,
+            tuple((s.name, s.inputs.size, s.outputs.size, len(s.inputs), len(s.outputs)) for s in layer.slices),
+        )
+        for layer in host.layers.values()
+    )
+    keys = ("name", "inputs", "outputs", "local_inputs", "local_outputs")
+    return [
+        {
+            "name": name,
+            "parallelism": parallelism,
+            "count": count,
+            "slices": [dict(zip(keys, piece, strict=True)) for piece in slices],
+        }
+        for (name, parallelism, slices), count in counts.items()
+    ]
+
+
+def prompt_format(tokenizer) -> str:
+    """How one question is put to the model: its chat template around "{prompt}", or "{prompt}" alone without one.
+
+    For /generate, which adds the tokenizer's first token itself where there is one.
+    """
+    mark = "{prompt}"
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception:
+        # No template, or one that wants more than a question (transformers raises what the template raises).
+        return mark
+    first = tokenizer.bos_token
+    if first and text.startswith(first) and tokenizer.encode("x")[:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(first)
+    return text if text.count(mark) == 1 else mark
 
 
 def after_get_internal_state(result, scheduler, recv_req):
@@ -88,11 +144,12 @@ def add_route(app) -> None:
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def bdlora_info():
         """What the bdlora LoRA back end has loaded."""
-        states = await http_server._global_state.tokenizer_manager.get_internal_state()
+        tokenizer_manager = http_server._global_state.tokenizer_manager
+        states = await tokenizer_manager.get_internal_state()
         found = [state[STATE_KEY] for state in states if STATE_KEY in state]
         if not found:
             message = "this server does not run --lora-backend bdlora with --enable-lora"
             return ORJSONResponse({"error": {"message": message}}, status_code=404)
-        return found[0]
+        return {**found[0], "prompt_format": prompt_format(tokenizer_manager.tokenizer)}
 
     app.add_api_route("/bdlora/info", bdlora_info, methods=["GET"])

@@ -134,22 +134,21 @@ def shrink_kernel(
 
 
 @triton.jit
-def _read_h(h, place, split_stride, SPLITS: tl.constexpr):
-    """The sum of the splits, float32."""
-    total = (tl.load(h + place, volatile=True) & ~_MASK).to(tl.float32, bitcast=True)
-    for split in tl.static_range(1, SPLITS):
-        total += (tl.load(h + place + split * split_stride, volatile=True) & ~_MASK).to(tl.float32, bitcast=True)
-    return total
+def _word(h, place, own, tag):
+    """One split's words, float32, and whether any is of an older launch. Value and tag come from one load: a word read again may be newer."""
+    word = tl.load(h + place, mask=own, other=tag, volatile=True)
+    return (word & ~_MASK).to(tl.float32, bitcast=True), tl.max(((word & _MASK) != tag).to(tl.int32))
 
 
 @triton.jit
-def _late(h, place, split_stride, own, tag, SPLITS: tl.constexpr):
-    """How many words of the tile's h (at most one counted a split) are not this launch's yet."""
-    late = tl.max(tl.where(own & ((tl.load(h + place, volatile=True) & _MASK) != tag), 1, 0))
+def _read_h(h, place, split_stride, own, tag, SPLITS: tl.constexpr):
+    """The sum of the splits, float32, zero where not own; and how many splits have words that are not this launch's yet."""
+    total, late = _word(h, place, own, tag)
     for split in tl.static_range(1, SPLITS):
-        word = tl.load(h + place + split * split_stride, volatile=True)
-        late += tl.max(tl.where(own & ((word & _MASK) != tag), 1, 0))
-    return late
+        value, more = _word(h, place + split * split_stride, own, tag)
+        total += value
+        late += more
+    return total, late
 
 
 @triton.jit
@@ -181,18 +180,17 @@ def _expand_tile(
     """acc + h B^T for BR rank rows."""
     own = owner_T[:, None] == owner_R[None, :]
     place = (t[:, None] * SLICES + s) * stride + r[None, :]
-    h_TR = _read_h(h, place, split_stride, SPLITS)
+    h_TR, late = _read_h(h, place, split_stride, own, tag, SPLITS)
     if TAGGED:
-        late = _late(h, place, split_stride, own, tag, SPLITS)
         if late > 0:
             patience = _PATIENCE
             while (late > 0) & (patience > 0):
-                late = _late(h, place, split_stride, own, tag, SPLITS)
+                _, late = _read_h(h, place, split_stride, own, tag, SPLITS)
                 patience -= 1
             if late > 0:
                 h_TR = _shrink_tile(x, arena, table, t, T, 0, K, K, r, LIMIT, BT, BR, BK)
             else:
-                h_TR = _read_h(h, place, split_stride, SPLITS)
+                h_TR, _ = _read_h(h, place, split_stride, own, tag, SPLITS)
     # Chosen, not multiplied by zero: another adapter's rows may hold infinity here.
     h_TR = tl.where(own, h_TR, 0.0).to(b_RN.dtype)
     return tl.dot(h_TR, b_RN, acc)

@@ -1,13 +1,14 @@
 """An adapter's weights for one rank: every host layer's pieces in one flat host tensor."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from sgl_bdlora.adapters.check import check_base_weight, check_finite
 from sgl_bdlora.adapters.errors import AdapterError
 from sgl_bdlora.adapters.format import Adapter, LoRAModule
+from sgl_bdlora.sharding.alternatives import plain_numel, stored_numel
 from sgl_bdlora.sharding.host import HostLayer
 from sgl_bdlora.sharding.piece import PieceLayout, Sharding, layout_for, read_piece
 
@@ -49,6 +50,7 @@ class AdapterShard:
 
     layers: host layer path -> layout. offsets: host layer path -> where its block starts in `weights`.
     weights: 1-D host tensor in the pool's dtype, pinned when a GPU will copy from it.
+    parameters: of the whole adapter. plain_numel: sharding -> elements that this rank would hold were it plain.
     """
 
     name: str
@@ -58,6 +60,8 @@ class AdapterShard:
     layers: Mapping[str, LayerLayout]
     offsets: Mapping[str, int]
     weights: torch.Tensor
+    parameters: int = 0
+    plain_numel: Mapping[Sharding, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +129,17 @@ def shard_adapter(
         block = weights[offsets[path] : offsets[path] + layers[path].numel]
         for module, layout in zip(modules, layers[path].slices, strict=True):
             _fill(adapter.name, block, layers[path], module, layout)
-    return AdapterShard(adapter.name, adapter.kind, adapter.rank, adapter.nblocks, layers, offsets, weights)
+    return AdapterShard(
+        adapter.name,
+        adapter.kind,
+        adapter.rank,
+        adapter.nblocks,
+        layers,
+        offsets,
+        weights,
+        stored_numel(adapter),
+        plain_numel(adapter, host),
+    )
 
 
 def layer_views(block: torch.Tensor, layer: LayerLayout) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -98,7 +98,7 @@ class Server:
             sys.executable, "-m", self.module, "--model-path", str(self.model), "--served-model-name", "base",
             "--tp-size", str(self.tp), "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port),
             "--max-total-tokens", "8192", "--max-running-requests", "32", *self.arguments,
-            *shlex.split(os.environ.get("SGL_BDLORA_TEST_ARGUMENTS", "")),
+            *shlex.split(os.environ.get("BDLORA_TEST_ARGUMENTS", "")),
         ]  # fmt: skip
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
