@@ -111,6 +111,19 @@ NAMES: dict[str, tuple[str, ...] | None] = {
     ),
     "sglang.srt.model_executor.runner_utils.capture_mode.get_capture_lora_variant": (),
     "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture": ("self",),
+    "sglang.srt.model_executor.runner_utils.capture_mode._set_capture_lora_variant": ("variant",),
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture_one_shape": (
+        "self",
+        "size",
+        "forward",
+        "stream_idx",
+        "variant_label",
+    ),
+    "sglang.srt.lora.lora_manager.LoRAManager.can_use_prefill_cuda_graph": ("self", "forward_batch"),
+    "sglang.srt.lora.backend.base_backend.BaseLoRABackend.init_prefill_cuda_graph_batch_info": (
+        "self",
+        "max_num_tokens",
+    ),
     "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph": (
         "self",
         "forward_batch",

@@ -58,7 +58,8 @@ class BDLoRAManager(LoRAManager):
         self.host = HostModel(hosts)
         self.memory_pool = MemoryPool(options.lora_pool_bytes, self.dtype, self.device, self.max_loras_per_batch)
         self.admission = Admission(self.memory_pool, self.shards, self._pinned)
-        self.lora_backend.attach(self.memory_pool.arena, linear)
+        combines = self.sharding == "s-lora" and self.tp_size > 1
+        self.lora_backend.attach(self.memory_pool.arena, linear, combines)
 
         for ref in lora_paths or []:
             result = self.load_lora_adapter(ref)
@@ -190,7 +191,20 @@ class BDLoRAManager(LoRAManager):
         for resident in {id(a): a for a in adapters if a is not None}.values():
             resident.arrival.wait()
         rows = _rows_per_request(forward_batch)
-        self.lora_backend.set_batch(adapters, rows, _head_rows_per_request(forward_batch, rows))
+        self.lora_backend.set_batch(
+            adapters,
+            rows,
+            _head_rows_per_request(forward_batch, rows),
+            prefill_graph=self.can_use_prefill_cuda_graph(forward_batch),
+        )
+
+    def can_use_prefill_cuda_graph(self, forward_batch: ForwardBatch) -> bool:
+        """Whether a prefill graph may run this batch; SGLang asks again before it replays one."""
+        if not super().can_use_prefill_cuda_graph(forward_batch):
+            return False
+        return self.lora_backend.prefills_from_graph(
+            [None if uid is None else self._resident(uid) for uid in forward_batch.lora_ids]
+        )
 
     def _resident(self, uid: str) -> Resident:
         resident = self.memory_pool.get(uid)

@@ -2,11 +2,13 @@
 
     python -m benchmarks.kernels.decode_step [--tp 2] [--tokens 1 8 32] [--adapters 1 4 16] [--rank 12] [--output FILE]
 
-One tensor-parallel rank of Llama-3.1-8B, bfloat16, products only: no attention, no collectives. Milliseconds are medians.
+One tensor-parallel rank of Llama-3.1-8B, bfloat16, products only, each behind a small kernel as in a model (norm, activation), which
+all arms have alike: no attention, no collectives. Milliseconds are medians.
 
     cublas      the base products alone
-    linear      ours: shrink on a second stream, expand in the base product's epilogue
-    late        the same with no shrink running: every tile gives up waiting and computes its own (what a stuck stream would cost)
+    base        our kernel with no adapter in the batch
+    linear      our kernel: its first programs shrink, the expand is in the epilogue of the others
+    late        the same with no program that shrinks: every tile gives up waiting and computes its own
     separate    cuBLAS, then shrink and expand as launches of their own (quantised bases, more than 64 tokens)
     bytes       the time that the weights alone would take at the bandwidth given by --bandwidth, base and adapters
 """
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.record import RESULTS, Rows
-from sgl_bdlora.kernels.decode import Decode
+from sgl_bdlora.kernels import triton_ops as kernels
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
 
@@ -115,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     pool = MemoryPool(budget, torch.bfloat16, torch.device("cuda"), len(shards))
     pool.ensure(shards)
     residents = [pool.get(uid) for uid in shards]
-    decode = Decode(pool.arena, layers, max(args.tokens))
+    ops = kernels.TritonOps(pool.arena, layers, len(shards), None).reserve(max(args.tokens), combining=False)
     sizes = [(sum(len(s.outputs) for s in host.slices), len(host.slices[0].inputs)) for host in layers]
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for n, k in sizes]
     base_bytes = sum(w.nbytes for w in weights)
@@ -124,23 +126,26 @@ def main(argv: list[str] | None = None) -> int:
         xs = [torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16) for _, k in sizes]
         for count in [n for n in args.adapters if n <= tokens or n == 1]:
             owners = np.arange(tokens, dtype=np.int32) % count
-            capture = lambda c=count, o=owners: decode.set_batch(residents[:c], o, capturing=True)  # noqa: E731
+            capture = lambda c=count, o=owners: ops.set_batch(residents[:c], o, static=True)  # noqa: E731
 
             def cublas(xs=xs):
-                return [torch.mm(x, w.T) for x, w in zip(xs, weights, strict=True)]
+                for x, w in zip(xs, weights, strict=True):
+                    torch.mm(x.neg_(), w.T)
 
             def linear(xs=xs):
-                return [decode.linear(x, w, None, h.path) for x, w, h in zip(xs, weights, layers, strict=True)]
+                for x, w, host in zip(xs, weights, layers, strict=True):
+                    ops.linear(x.neg_(), w, None, host.path)
 
             def separate(xs=xs):
                 for x, w, host in zip(xs, weights, layers, strict=True):
-                    decode.add_lora(torch.mm(x, w.T), x, host.path)
+                    ops.add_lora(torch.mm(x.neg_(), w.T), x, host.path)
 
             row = {"cublas_ms": graph_ms(cublas, capture, args.repeats)}
+            row["base_ms"] = graph_ms(linear, lambda o=owners: ops.set_batch([], o * 0 - 1, static=True), args.repeats)
             row["linear_ms"] = graph_ms(linear, capture, args.repeats)
-            shrink, decode._shrink = decode._shrink, lambda *a, **k: None
+            programs, kernels.SHRINK_PROGRAMS = kernels.SHRINK_PROGRAMS, 0
             row["late_ms"] = graph_ms(linear, capture, 5)
-            decode._shrink = shrink
+            kernels.SHRINK_PROGRAMS = programs
             row["separate_ms"] = graph_ms(separate, capture, args.repeats)
             row["bytes_ms"] = (base_bytes + count * shards["0"].nbytes) / (args.bandwidth * 1e9)
             rows.write(tokens=tokens, adapters=count, rank=args.rank, **row)

@@ -16,10 +16,12 @@ from sgl_bdlora.memory_pool import Resident
 from sgl_bdlora.sharding import AdapterShard, HostLayer
 
 if TYPE_CHECKING:
-    from sgl_bdlora.kernels.decode import Decode
+    from sgl_bdlora.kernels.triton_ops import TritonOps
 
 # SGLang's name of the graph with adapters, where each size is captured with and without (decode_cuda_graph_runner.py).
 LORA_GRAPH = "lora"
+# Ours of a third, for batches with pieces that are put together over the ranks.
+COLLECTIVES_GRAPH = "lora-collectives"
 
 
 class BDLoRABackend(BaseLoRABackend):
@@ -30,6 +32,8 @@ class BDLoRABackend(BaseLoRABackend):
     """
 
     name = "bdlora"
+    # lora_manager.py: supports_prefill_cuda_graph.
+    supports_prefill_cuda_graph = True
 
     def __init__(self, max_loras_per_batch: int, device: torch.device, server_args):
         plugin.verify_hooks()
@@ -38,48 +42,87 @@ class BDLoRABackend(BaseLoRABackend):
         self._head: Batch | None = None
         self._head_done = 0
         self._set: AdapterSet | None = None
-        self._decode: Decode | None = None
-        self._decoding = False
+        # Prefill graphs read buffers of their own: they are captured apart from decode graphs, and are larger.
+        self._ops: TritonOps | None = None
+        self._prefill_ops: TritonOps | None = None
+        self._current: TritonOps | None = None
+        self._combines = False
         self.collectives = TensorParallelCollectives()
 
-    def attach(self, arena: torch.Tensor, hosts: Sequence[HostLayer]) -> None:
-        """The pool's weights and the model's linear layers in the order of the forward pass; on a GPU Triton kernels compute them."""
-        if arena.device.type == "cuda":
-            from sgl_bdlora.kernels.decode import Decode
+    def attach(self, arena: torch.Tensor, hosts: Sequence[HostLayer], combines: bool) -> None:
+        """The pool's weights and the model's linear layers in the order of the forward pass; on a GPU Triton kernels compute them.
 
-            self._decode = Decode(arena, hosts, max_tokens=1)
+        combines: whether adapters may have pieces that are put together over the ranks.
+        """
+        self._combines = combines
+        if arena.device.type == "cuda":
+            from sgl_bdlora.kernels.triton_ops import TritonOps
+
+            self._ops = TritonOps(arena, hosts, self.max_loras_per_batch, self.collectives)
 
     def init_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:
-        """Before graphs are captured: buffers as large as the largest graph's batch."""
-        if self._decode is not None:
-            self._decode = self._decode.resized(max_bs_in_cuda_graph * num_tokens_per_req)
+        """Before decode graphs are captured: buffers as large as the largest graph's batch."""
+        if self._ops is not None:
+            self._ops = self._ops.reserve(max_bs_in_cuda_graph * num_tokens_per_req, self._combines)
+
+    def init_prefill_cuda_graph_batch_info(self, max_num_tokens: int) -> None:
+        """The same before prefill graphs are captured."""
+        if self._ops is not None:
+            self._prefill_ops = self._ops.reserve(max_num_tokens, combining=False)
+            self.prefill_cuda_graph_max_bs = self.prefill_cuda_graph_max_tokens = max_num_tokens
+
+    def captures_decode_with_collectives(self) -> bool:
+        """Whether decode batches need a graph of a third kind."""
+        return self._combines and self._ops is not None
 
     def prepare(self, shard: AdapterShard) -> None:
         """Work out, when an adapter is loaded, what its first batch would have to wait for."""
-        if self._decode is not None:
-            self._decode.rows(shard)
+        if self._ops is not None:
+            self._ops.rows(shard)
+
+    def prefills_from_graph(self, adapters: Sequence[Resident | None]) -> bool:
+        """Whether a captured prefill graph computes a batch of these adapters: all pieces local."""
+        return self._prefill_ops is not None and self._prefill_ops.local_only(distinct_adapters(adapters))
 
     @property
     def replayable(self) -> bool:
-        """Whether a captured graph computes the current batch."""
-        return self._batch is None
+        """Whether a captured decode graph computes the current batch."""
+        return self._batch is None and (self._current is None or self._current.replayable)
 
-    def set_batch(self, adapters: list[Resident | None], lengths: list[int], head_lengths: list[int]) -> None:
+    @property
+    def decode_graph(self) -> str:
+        """Which of the graphs with adapters computes it."""
+        return COLLECTIVES_GRAPH if self._current is not None and self._current.combines else LORA_GRAPH
+
+    def set_batch(
+        self,
+        adapters: list[Resident | None],
+        lengths: list[int],
+        head_lengths: list[int],
+        prefill_graph: bool = False,
+    ) -> None:
         """The requests of the next forward pass: each one's adapter (None: the base model) and its number of rows.
 
         head_lengths: how many rows of each request reach lm_head. Where all do, as in decode steps, both are the same batch.
+        prefill_graph: a prefill graph is captured or replayed; `prefills_from_graph` is true for the adapters.
         """
-        self._batch = self._head = None
-        self._decoding = False
+        self._batch = self._head = self._current = None
         captured = get_capture_lora_variant()
+        capturing = captured in (LORA_GRAPH, COLLECTIVES_GRAPH)
         distinct = distinct_adapters(adapters)
-        if not distinct and captured != LORA_GRAPH:
+        if not (distinct or capturing or prefill_graph):
             return
-        if self._decode is not None and self._decode.takes(distinct):
+        ops = self._prefill_ops if prefill_graph else self._ops
+        if ops is not None and ops.takes(distinct):
             place = {id(adapter): i for i, adapter in enumerate(distinct)}
             owners = np.array([-1 if a is None else place[id(a)] for a in adapters], dtype=np.int32)
-            self._decode.set_batch(distinct, np.repeat(owners, lengths), capturing=captured == LORA_GRAPH)
-            self._decoding = True
+            ops.set_batch(
+                distinct,
+                np.repeat(owners, lengths),
+                static=capturing or prefill_graph,
+                combining=captured == COLLECTIVES_GRAPH,
+            )
+            self._current = ops
             return
         self._batch = self._head = make_batch(adapters, lengths, self.device, self._set)
         self._head_done = 0
@@ -90,21 +133,20 @@ class BDLoRABackend(BaseLoRABackend):
 
     def reset_batch_state(self) -> None:
         super().reset_batch_state()
-        self._batch = self._head = None
-        self._decoding = False
+        self._batch = self._head = self._current = None
 
     def fuses(self, path: str, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> bool:
         """Whether `linear` can compute host layer `path` for the current batch, base product and updates together."""
-        return self._decoding and self._decode.fuses(path, x_TK, weight_NK)
+        return self._current is not None and self._current.fuses(path, x_TK, weight_NK)
 
     def linear(self, x_TK: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None, path: str) -> torch.Tensor:
         """x W^T + bias with the current batch's updates: (tokens, local outputs)."""
-        return self._decode.linear(x_TK, w_NK, bias_N, path)
+        return self._current.linear(x_TK, w_NK, bias_N, path)
 
     def add_lora(self, y_TN: torch.Tensor, x_TK: torch.Tensor, path: str) -> None:
         """Add the current batch's updates of host layer `path` to y in place; shapes as kernels.torch_ops.add_lora."""
-        if self._decoding:
-            self._decode.add_lora(y_TN, x_TK, path)
+        if self._current is not None:
+            self._current.add_lora(y_TN, x_TK, path)
         elif self._batch is not None:
             add_lora(y_TN, x_TK, self._batch, path, self.collectives)
 

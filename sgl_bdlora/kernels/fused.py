@@ -1,4 +1,4 @@
-"""Triton kernels of decode steps: shrink, expand, and a linear layer with the expand in its epilogue.
+"""A linear layer with its LoRA in one Triton launch, for batches of few rows (decode steps).
 
 A rank row is one row of a local A together with the matching column of B; it carries its adapter's number (owner), its scale and the
 spans of inputs and outputs that it touches (rows.py). For each row t of the batch and each rank row r of the same owner
@@ -9,10 +9,10 @@ spans of inputs and outputs that it touches (rows.py). For each row t of the bat
 and for all others h is taken as zero. Nothing is padded to the largest rank, and inputs and outputs outside a row's span (the zero
 blocks of block-diagonal factors) are not read.
 
-With local pieces nothing stands between shrink and expand. So the shrink runs on a second stream beside the base product, and the linear
-kernel adds the expand to its own tile before it stores it: no further launch, y is written once. It does not wait for an event but for h
-itself: every word of h carries a tag of the launch that wrote it. A tile whose tags do not come computes its part of the shrink itself, so
-it ends whether or not the other kernel ever gets a place on the chip.
+With local pieces nothing stands between shrink and expand, so both go into the launch of the base product: its first programs compute h,
+the others a tile of x w^T each, to which they add the expand before they store it. y is written once and no launch is added. A tile does
+not wait for an event but for h itself: every word of h carries a tag of the launch that wrote it. A tile whose tags do not come computes
+its part of the shrink itself, so it ends whether or not the other programs ever get a place on the chip.
 
 h is float32 with the low 12 bits replaced by the tag, which leaves 12 bits of significand: more than float16's 11 and bfloat16's 8.
 """
@@ -36,25 +36,22 @@ OWNER_FIELD = tl.constexpr(4)
 
 
 @triton.jit
-def _low(packed):
+def low(packed):
     return packed.to(tl.int32)
 
 
 @triton.jit
-def _high(packed):
+def high(packed):
     return (packed >> 32).to(tl.int32)
 
 
 @triton.jit
-def _tag(meta, layer, TAGGED: tl.constexpr):
-    tag = 0
-    if TAGGED:
-        tag = (tl.load(meta) + layer) % _MASK + 1
-    return tag
+def _tag(meta, layer):
+    return (tl.load(meta) + layer) % _MASK + 1
 
 
 @triton.jit
-def _shrink_tile(
+def shrink_tile(
     x,
     arena,
     table,
@@ -72,9 +69,9 @@ def _shrink_tile(
     """scale * x A^T over k_count inputs from k_first on: (BT, BR) float32. Rows t >= T repeat row 0."""
     a_off = tl.multiple_of(tl.load(table + A_FIELD * LIMIT + r), 8)
     span = tl.load(table + X_FIELD * LIMIT + r)
-    scale = _high(tl.load(table + OWNER_FIELD * LIMIT + r)).to(tl.float32, bitcast=True)
-    x0 = tl.multiple_of(_low(span), 8)
-    x1 = tl.multiple_of(_high(span), 8)
+    scale = high(tl.load(table + OWNER_FIELD * LIMIT + r)).to(tl.float32, bitcast=True)
+    x0 = tl.multiple_of(low(span), 8)
+    x1 = tl.multiple_of(high(span), 8)
     rows = tl.where(t < T, t, 0)
     acc = tl.zeros((BT, BR), dtype=tl.float32)
     for k0 in range(0, k_count, BK):
@@ -86,56 +83,17 @@ def _shrink_tile(
     return acc * scale[None, :]
 
 
-@triton.jit(do_not_specialize=["layer", "T"])
-def shrink_kernel(
-    x,
-    arena,
-    table,
-    meta,
-    owners,
-    h,
-    layer,
-    T,
-    K,
-    stride,
-    LIMIT: tl.constexpr,
-    SLICES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BT: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    TAGGED: tl.constexpr,
-):
-    """h of one layer. Grid: (SPLITS * token tiles, programs that share a slice's rank rows, slices of the layer).
-
-    x (T, K). h (SPLITS, T rounded up to BT, SLICES, stride) int32: partial sums over SPLITS equal parts of K. Only the words of a row's
-    own adapter are written, and where a tile has no row of an adapter its A is not read.
-    """
-    tile = tl.program_id(0) // SPLITS
-    split = tl.program_id(0) % SPLITS
-    s = tl.program_id(2)
-    t = tile * BT + tl.arange(0, BT)
-    owner_T = tl.load(owners + t, mask=t < T, other=-1)
-    tag = _tag(meta, layer, TAGGED)
-    table += s * 5 * LIMIT
-    padded = tl.num_programs(0) // SPLITS * BT
-    k_count = tl.multiple_of(K // SPLITS, 16)
-    for first in range(tl.program_id(1) * BR, tl.load(meta + 1), tl.num_programs(1) * BR):
-        r = first + tl.arange(0, BR)
-        owner_R = _low(tl.load(table + OWNER_FIELD * LIMIT + r))
-        own = owner_T[:, None] == owner_R[None, :]
-        if tl.max(own.to(tl.int32)) > 0:
-            v = _shrink_tile(x, arena, table, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK)
-            bits = v.to(tl.int32, bitcast=True)
-            # Round to nearest above the tag; infinities and NaN keep their bits.
-            bits = tl.where(tl.abs(v) < float("inf"), bits + (_MASK + 1) // 2, bits)
-            place = ((split * padded + t[:, None]) * SLICES + s) * stride + r[None, :]
-            tl.store(h + place, (bits & ~_MASK) | tag, mask=own)
+@triton.jit
+def _tagged(v, tag):
+    """Words of h: v rounded to nearest above the tag's bits. Infinities and NaN keep theirs."""
+    bits = v.to(tl.int32, bitcast=True)
+    bits = tl.where(tl.abs(v) < float("inf"), bits + (_MASK + 1) // 2, bits)
+    return (bits & ~_MASK) | tag
 
 
 @triton.jit
 def _word(h, place, own, tag):
-    """One split's words, float32, and whether any is of an older launch. Value and tag come from one load: a word read again may be newer."""
+    """One split's words, float32, and whether any is of an older launch: of one load, for a word read again may be newer."""
     word = tl.load(h + place, mask=own, other=tag, volatile=True)
     return (word & ~_MASK).to(tl.float32, bitcast=True), tl.max(((word & _MASK) != tag).to(tl.int32))
 
@@ -167,48 +125,80 @@ def _expand_tile(
     owner_R,
     T,
     K,
-    split_stride,
-    stride,
     LIMIT: tl.constexpr,
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
     BT: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
-    TAGGED: tl.constexpr,
 ):
     """acc + h B^T for BR rank rows."""
     own = owner_T[:, None] == owner_R[None, :]
-    place = (t[:, None] * SLICES + s) * stride + r[None, :]
-    h_TR, late = _read_h(h, place, split_stride, own, tag, SPLITS)
-    if TAGGED:
+    place = (t[:, None] * SLICES + s) * LIMIT + r[None, :]
+    h_TR, late = _read_h(h, place, BT * SLICES * LIMIT, own, tag, SPLITS)
+    if late > 0:
+        patience = _PATIENCE
+        while (late > 0) & (patience > 0):
+            _, late = _read_h(h, place, BT * SLICES * LIMIT, own, tag, SPLITS)
+            patience -= 1
         if late > 0:
-            patience = _PATIENCE
-            while (late > 0) & (patience > 0):
-                _, late = _read_h(h, place, split_stride, own, tag, SPLITS)
-                patience -= 1
-            if late > 0:
-                h_TR = _shrink_tile(x, arena, table, t, T, 0, K, K, r, LIMIT, BT, BR, BK)
-            else:
-                h_TR, _ = _read_h(h, place, split_stride, own, tag, SPLITS)
+            h_TR = shrink_tile(x, arena, table, t, T, 0, K, K, r, LIMIT, BT, BR, BK)
+        else:
+            h_TR, _ = _read_h(h, place, BT * SLICES * LIMIT, own, tag, SPLITS)
     # Chosen, not multiplied by zero: another adapter's rows may hold infinity here.
     h_TR = tl.where(own, h_TR, 0.0).to(b_RN.dtype)
     return tl.dot(h_TR, b_RN, acc)
 
 
 @triton.jit
-def _read_b(arena, table, r, n, LIMIT: tl.constexpr):
+def read_b(arena, table, r, n, LIMIT: tl.constexpr):
     b_off = tl.multiple_of(tl.load(table + B_FIELD * LIMIT + r), 8)
     span = tl.load(table + Y_FIELD * LIMIT + r)
-    y0 = tl.multiple_of(_low(span), 8)
-    y1 = tl.multiple_of(_high(span), 8)
+    y0 = tl.multiple_of(low(span), 8)
+    y1 = tl.multiple_of(high(span), 8)
     inside = tl.max_constancy((n[None, :] >= y0[:, None]) & (n[None, :] < y1[:, None]), [1, 8])
     return tl.load(arena + b_off[:, None] + n[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def _slice_of(n0, end0, end1):
+def slice_of(n0, end0, end1):
     return (n0 >= end0).to(tl.int32) + (n0 >= end1).to(tl.int32)
+
+
+@triton.jit
+def _shrink_programs(
+    x,
+    arena,
+    table,
+    owners,
+    h,
+    tag,
+    first,
+    T,
+    K,
+    n_rows,
+    LIMIT: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Every PROGRAMS-th piece of h, from piece `first` on. A piece: BR rank rows of a slice, and one of SPLITS equal parts of K."""
+    t = tl.arange(0, BT)
+    owner_T = tl.load(owners + t, mask=t < T, other=-1)
+    k_count = tl.multiple_of(K // SPLITS, 16)
+    groups = tl.cdiv(n_rows, BR)
+    for piece in range(first, groups * SPLITS * SLICES, PROGRAMS):
+        split = piece % SPLITS
+        s = piece // SPLITS // groups
+        r = piece // SPLITS % groups * BR + tl.arange(0, BR)
+        rows = table + s * 5 * LIMIT
+        own = owner_T[:, None] == low(tl.load(rows + OWNER_FIELD * LIMIT + r))[None, :]
+        v = shrink_tile(x, arena, rows, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK)
+        place = ((split * BT + t[:, None]) * SLICES + s) * LIMIT + r[None, :]
+        tl.store(h + place, _tagged(v, tag), mask=own)
 
 
 @triton.jit(do_not_specialize=["layer", "T", "end0", "end1"])
@@ -231,27 +221,37 @@ def linear_kernel(
     LIMIT: tl.constexpr,
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
-    BKR: tl.constexpr,
+    SHRINK_BR: tl.constexpr,
+    SHRINK_BK: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """y = x w^T + bias + h B^T. Grid: (N / BN,). x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK, slices by BN.
+    """y = x w^T + bias + h B^T. Grid: (PROGRAMS + N / BN,): those that compute h first, so that they start first.
 
-    end0, end1: where the outputs of the first and of the second slice end; N where there is no further slice.
+    x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK and by SPLITS * SHRINK_BK, slices by BN. h (SPLITS, BT, SLICES,
+    LIMIT) int32. end0, end1: where the outputs of the first and of the second slice end; N where there is no further slice.
     """
-    n0 = tl.program_id(0) * BN
+    tag = _tag(meta, layer)
+    n_rows = tl.load(meta + 1)
+    if tl.program_id(0) < PROGRAMS:
+        _shrink_programs(
+            x, arena, table, owners, h, tag, tl.program_id(0), T, K, n_rows,
+            LIMIT, SLICES, SPLITS, PROGRAMS, BT, SHRINK_BR, SHRINK_BK,
+        )  # fmt: skip
+        return
+    LATE_BK: tl.constexpr = SHRINK_BK if SHRINK_BK < 64 else 64
+    n0 = (tl.program_id(0) - PROGRAMS) * BN
     n = n0 + tl.arange(0, BN)
     t = tl.arange(0, BT)
-    s = _slice_of(n0, end0, end1)
+    s = slice_of(n0, end0, end1)
     table += s * 5 * LIMIT
-    tag = _tag(meta, layer, True)
-    n_rows = tl.load(meta + 1)
     owner_T = tl.load(owners + t, mask=t < T, other=-1)
     r = tl.arange(0, BR)
-    owner_R = _low(tl.load(table + OWNER_FIELD * LIMIT + r))
+    owner_R = low(tl.load(table + OWNER_FIELD * LIMIT + r))
     rows = tl.where(t < T, t, 0)
     k = tl.arange(0, BK)
     acc = tl.zeros((BT, BN), dtype=tl.float32)
@@ -261,64 +261,18 @@ def linear_kernel(
         acc = tl.dot(x_TK, w_KN, acc)
     if BIAS:
         acc += tl.load(bias + n).to(tl.float32)[None, :]
-    b_RN = _read_b(arena, table, r, n, LIMIT)
+    b_RN = read_b(arena, table, r, n, LIMIT)
     acc = _expand_tile(
         acc, b_RN, x, arena, table, h, t, owner_T, tag, s, r, owner_R,
-        T, K, BT * SLICES * LIMIT, LIMIT, LIMIT, SLICES, SPLITS, BT, BR, BKR, True,
+        T, K, LIMIT, SLICES, SPLITS, BT, BR, LATE_BK,
     )  # fmt: skip
     # Not pipelined: nothing may be read ahead of the tags.
     for first in tl.range(BR, n_rows, BR, num_stages=1):
         r = first + tl.arange(0, BR)
-        owner_R = _low(tl.load(table + OWNER_FIELD * LIMIT + r))
-        b_RN = _read_b(arena, table, r, n, LIMIT)
+        owner_R = low(tl.load(table + OWNER_FIELD * LIMIT + r))
+        b_RN = read_b(arena, table, r, n, LIMIT)
         acc = _expand_tile(
             acc, b_RN, x, arena, table, h, t, owner_T, tag, s, r, owner_R,
-            T, K, BT * SLICES * LIMIT, LIMIT, LIMIT, SLICES, SPLITS, BT, BR, BKR, True,
+            T, K, LIMIT, SLICES, SPLITS, BT, BR, LATE_BK,
         )  # fmt: skip
     tl.store(y + t[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None])
-
-
-@triton.jit(do_not_specialize=["T", "end0", "end1"])
-def expand_kernel(
-    y,
-    arena,
-    table,
-    meta,
-    owners,
-    h,
-    T,
-    N,
-    end0,
-    end1,
-    stride,
-    LIMIT: tl.constexpr,
-    SLICES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-):
-    """y += h B^T, with h complete. Grid: (N / BN, token tiles). y (T, N)."""
-    n0 = tl.program_id(0) * BN
-    n = n0 + tl.arange(0, BN)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
-    s = _slice_of(n0, end0, end1)
-    table += s * 5 * LIMIT
-    owner_T = tl.load(owners + t, mask=t < T, other=-1)
-    if tl.max(owner_T) < 0:
-        return
-    split_stride = tl.num_programs(1) * BT * SLICES * stride
-    acc = tl.zeros((BT, BN), dtype=tl.float32)
-    for first in range(0, tl.load(meta + 1), BR):
-        r = first + tl.arange(0, BR)
-        owner_R = _low(tl.load(table + OWNER_FIELD * LIMIT + r))
-        if tl.max((owner_T[:, None] == owner_R[None, :]).to(tl.int32)) > 0:
-            b_RN = _read_b(arena, table, r, n, LIMIT)
-            acc = _expand_tile(
-                acc, b_RN, y, arena, table, h, t, owner_T, 0, s, r, owner_R,
-                T, N, split_stride, stride, LIMIT, SLICES, SPLITS, BT, BR, 16, False,
-            )  # fmt: skip
-    place = y + t[:, None].to(tl.int64) * N + n[None, :]
-    mine = (owner_T >= 0)[:, None]
-    acc += tl.load(place, mask=mine, other=0.0).to(tl.float32)
-    tl.store(place, acc.to(y.dtype.element_ty), mask=mine)

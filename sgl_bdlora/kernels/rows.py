@@ -1,21 +1,25 @@
-"""Rank rows: an adapter's local pieces as the Triton kernels read them.
+"""Rank rows: an adapter's pieces as the Triton kernels read them.
 
 A rank row is one row of a local A with the matching column of B. Whatever an adapter's structure is, it is a list of these, each with
-five numbers (fused.py reads them as int64 columns of `limit` entries):
+five numbers (fused.py reads them as int64 columns of `LIMIT` entries):
 
     A_FIELD      a - x0: element offset of the row's A in the arena, less the first input it touches
     X_FIELD      x0 | x1 << 32: the inputs it touches, x0 <= k < x1
     B_FIELD      b - y0: element offset of its B, less the first output it touches
     Y_FIELD      y0 | y1 << 32
     OWNER_FIELD  owner | bits of the float32 scale << 32; owner -2: no row
+
+An adapter's rows of one slice of a layer lie together, and they have columns of h one after another, slice after slice. Where a
+collective stands between shrink and expand, a rank shrinks some rows (its part of them, or all on its part of the inputs) and expands
+all: two lists, whose rows share the columns of h that the collective combines.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sgl_bdlora.sharding import AdapterShard, HostLayer, LayerLayout
+from sgl_bdlora.sharding import AdapterShard, HostLayer, LayerLayout, SliceLayout
 from sgl_bdlora.sharding.shard import ALIGNMENT
 
 FIELDS = 5
@@ -25,7 +29,7 @@ _NO_OWNER = -2 & 0xFFFFFFFF
 
 
 class NoRankRows(ValueError):
-    """The adapter has pieces that are not rank rows: combined over the ranks, in other layers, or not aligned to vector loads."""
+    """The adapter has pieces that are not rank rows: in other layers, or not aligned to vector loads."""
 
 
 class LayerIndex:
@@ -46,12 +50,14 @@ class LayerIndex:
 
 @dataclass(frozen=True)
 class RankRows:
-    """One adapter's rank rows in all layers, in order of layer and slice.
+    """Rank rows in all layers, in order of layer and slice.
 
-    counts: (layers, SLICES) rows of each slice. fields: (rows, FIELDS) int64, offsets from the start of the layer's block, owner 0.
+    counts: (layers, SLICES) rows of each slice. columns: (layers, SLICES) column of h of each slice's first row.
+    fields: (rows, FIELDS) int64, offsets from the start of the layer's block, owner 0.
     """
 
     counts: np.ndarray
+    columns: np.ndarray
     fields: np.ndarray
 
     def at(self, blocks: np.ndarray) -> np.ndarray:
@@ -62,40 +68,91 @@ class RankRows:
         return placed
 
 
-def rank_rows(shard: AdapterShard, index: LayerIndex) -> RankRows:
+@dataclass(frozen=True)
+class AdapterRows:
+    """One adapter. local: rows with nothing between shrink and expand. shrink, expand: those with a collective between.
+
+    width: columns of h that the local rows need. combined_width: those of the others, over all ranks.
+    """
+
+    local: RankRows
+    shrink: RankRows
+    expand: RankRows
+    width: int
+    combined_width: int
+
+
+def adapter_rows(shard: AdapterShard, index: LayerIndex) -> AdapterRows:
     """The rank rows of an adapter. Raises NoRankRows."""
-    counts = np.zeros((len(index), SLICES), dtype=np.int64)
-    parts: dict[tuple[int, int], np.ndarray] = {}
+    local, shrink, expand = _Collector(index), _Collector(index), _Collector(index)
+    first_rank = np.zeros((len(index), SLICES), dtype=np.int64)
     for path, layer in shard.layers.items():
         if path not in index.number:
             raise NoRankRows(path)
-        for y_start, fields in _layer_rows(layer):
-            place = (index.number[path], index.slice_of(path, y_start))
-            counts[place] = len(fields)
-            parts[place] = fields
-    fields = [parts[place] for place in sorted(parts)]
-    return RankRows(counts, np.concatenate([np.zeros((0, FIELDS), np.int64), *fields]))
+        for layout in layer.slices:
+            piece = layout.piece
+            place = (index.number[path], index.slice_of(path, layout.y_start))
+            a, b = _a_fields(layer, layout), _b_fields(layout)
+            if piece.combine == "none":
+                local.add(place, a + b)
+            else:
+                shrink.add(place, a)
+                expand.add(place, b)
+                first_rank[place] = piece.ranks_a.start
+    rows, combined = local.rows(), expand.rows()
+    return AdapterRows(
+        rows,
+        shrink.rows(combined.columns + first_rank),
+        combined,
+        int(rows.counts.sum(axis=1).max(initial=0)),
+        int(combined.counts.sum(axis=1).max(initial=0)),
+    )
 
 
-def _layer_rows(layer: LayerLayout) -> Iterator[tuple[int, np.ndarray]]:
-    for layout in layer.slices:
-        piece = layout.piece
-        if piece.combine != "none":
-            raise NoRankRows(layout.name)
-        j = np.arange(piece.local_rank)
-        width_a, width_b = piece.shape_a[1], len(piece.outputs) // piece.blocks_b
-        x0 = j // (piece.local_rank // piece.blocks_a) * width_a
-        y0 = layout.y_start + j // (piece.local_rank // piece.blocks_b) * width_b
-        a = (layout.a_start + j) * layer.width_a
-        b = layout.b_offset + j * width_b
-        if np.any(np.stack([x0, y0, a, b, j * 0 + width_a, j * 0 + width_b]) % ALIGNMENT):
-            raise NoRankRows(layout.name)
-        scale = int(np.float32(layout.scale).view(np.int32))
-        owner = np.full_like(j, scale << 32)
-        yield (
-            layout.y_start,
-            np.stack([a - x0, x0 | (x0 + width_a) << 32, b - y0, y0 | (y0 + width_b) << 32, owner], axis=1),
-        )
+class _Collector:
+    def __init__(self, index: LayerIndex):
+        self._counts = np.zeros((len(index), SLICES), dtype=np.int64)
+        self._parts: dict[tuple[int, int], np.ndarray] = {}
+
+    def add(self, place: tuple[int, int], fields: np.ndarray) -> None:
+        self._counts[place] = len(fields)
+        self._parts[place] = fields
+
+    def rows(self, columns: np.ndarray | None = None) -> RankRows:
+        """columns: where they are not simply one slice after another."""
+        if columns is None:
+            columns = np.cumsum(self._counts, axis=1) - self._counts
+        fields = [self._parts[place] for place in sorted(self._parts)]
+        return RankRows(self._counts, columns, np.concatenate([np.zeros((0, FIELDS), np.int64), *fields]))
+
+
+def _a_fields(layer: LayerLayout, layout: SliceLayout) -> np.ndarray:
+    """(local rank, FIELDS) with the fields of A and the scale."""
+    piece = layout.piece
+    j = np.arange(piece.local_rank)
+    width = piece.shape_a[1]
+    x0 = j // (piece.local_rank // piece.blocks_a) * width
+    a = (layout.a_start + j) * layer.width_a
+    _check_aligned(layout, x0, a, width)
+    scale = int(np.float32(layout.scale).view(np.int32))
+    return np.stack([a - x0, x0 | (x0 + width) << 32, j * 0, j * 0, np.full_like(j, scale << 32)], axis=1)
+
+
+def _b_fields(layout: SliceLayout) -> np.ndarray:
+    """(rank of B, FIELDS) with the fields of B."""
+    piece = layout.piece
+    rank = len(piece.ranks_b)
+    j = np.arange(rank)
+    width = len(piece.outputs) // piece.blocks_b
+    y0 = layout.y_start + j // (rank // piece.blocks_b) * width
+    b = layout.b_offset + j * width
+    _check_aligned(layout, y0, b, width)
+    return np.stack([j * 0, j * 0, b - y0, y0 | (y0 + width) << 32, j * 0], axis=1)
+
+
+def _check_aligned(layout: SliceLayout, starts: np.ndarray, offsets: np.ndarray, width: int) -> None:
+    if width % ALIGNMENT or np.any(starts % ALIGNMENT) or np.any(offsets % ALIGNMENT):
+        raise NoRankRows(layout.name)
 
 
 def block_starts(blocks: Mapping[str, tuple[int, int]], index: LayerIndex) -> np.ndarray:
@@ -108,13 +165,16 @@ def most_rows(adapters: Sequence[RankRows]) -> int:
     return int(sum(rows.counts for rows in adapters).max()) if adapters else 0
 
 
-def table_of(adapters: Sequence[tuple[RankRows, np.ndarray]], layers: int, limit: int) -> np.ndarray:
-    """The rank rows of a batch: (layers, SLICES, FIELDS, limit) int64.
+def table_of(adapters: Sequence[tuple[RankRows, np.ndarray]], layers: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rank rows of a batch, and where each adapter's are.
 
     adapters: each one's rows and block_starts; its owner number is its place here. limit: at least most_rows.
+    Returns rows (layers, SLICES, FIELDS, limit) int64, and places (layers, SLICES, adapters + 1, 2) int32: an adapter's first row and
+    the column of h of that row.
     """
     table = np.zeros((layers, SLICES, FIELDS, limit), dtype=np.int64)
     table[:, :, -1] = _NO_OWNER
+    places = np.zeros((layers, SLICES, len(adapters) + 1, 2), dtype=np.int32)
     flat = table.reshape(layers * SLICES, FIELDS, limit)
     filled = np.zeros(layers * SLICES, dtype=np.int64)
     for owner, (rows, blocks) in enumerate(adapters):
@@ -124,5 +184,7 @@ def table_of(adapters: Sequence[tuple[RankRows, np.ndarray]], layers: int, limit
         fields = rows.at(blocks)
         fields[:, -1] += owner
         flat[place, :, filled[place] + within] = fields
+        places[:, :, owner] = np.stack([filled.reshape(layers, SLICES), rows.columns], axis=-1)
         filled += counts
-    return table
+    places[:, :, -1, 0] = filled.reshape(layers, SLICES)
+    return table, places

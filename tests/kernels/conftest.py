@@ -7,7 +7,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    import sgl_bdlora.kernels.fused  # noqa: F401
+    import sgl_bdlora.kernels.triton_ops  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_decode import ERROR, HOSTS, PATHS, SHARDS, K, N, make
+from test_triton_ops import ERROR, HOSTS, PATHS, SHARDS, K, N, make
 
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard
@@ -29,7 +29,7 @@ def served(device, monkeypatch):
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
     from sgl_bdlora.kernels.backend import BDLoRABackend
-    from sgl_bdlora.kernels.decode import Decode
+    from sgl_bdlora.kernels.triton_ops import TritonOps
     from sgl_bdlora.layers.linear import LoRALinearMethod
 
     monkeypatch.setattr(plugin, "verify_hooks", lambda: None)
@@ -41,7 +41,8 @@ def served(device, monkeypatch):
     pool.ensure(shards)
     backend = BDLoRABackend(16, device, None)
     # As on a GPU, whatever this machine has.
-    backend._decode = Decode(pool.arena, HOSTS, 64)
+    backend._ops = TritonOps(pool.arena, HOSTS, 16, None)
+    backend.init_cuda_graph_batch_info(64, 1)
     return backend, pool, LoRALinearMethod(UnquantizedLinearMethod(), backend, PATHS[0]), Layer(dtype).to(device)
 
 
@@ -53,10 +54,10 @@ def ask(backend, pool, names: list, lengths: list[int]) -> None:
 def torch_path(served, names, lengths, x):
     """The same by torch operations."""
     backend, pool, method, layer = served
-    kernels, backend._decode = backend._decode, None
+    kernels, backend._ops = backend._ops, None
     ask(backend, pool, names, lengths)
     y = method.apply(layer, x)
-    backend._decode = kernels
+    backend._ops = kernels
     return y
 
 
@@ -69,7 +70,7 @@ def test_kernels_give_what_torch_operations_give(served, device, names, lengths)
     x = torch.randn(sum(lengths), K, generator=torch.Generator().manual_seed(2)).to(layer.weight)
     wanted = torch_path(served, names, lengths, x)
     ask(backend, pool, names, lengths)
-    assert backend.replayable
+    assert backend.replayable == (sum(lengths) <= 64 or not any(names))
     got = method.apply(layer, x)
     error = (got - wanted).float().abs().max() / wanted.float().abs().max()
     assert error < (ERROR if device.type == "cpu" else 2**-6)
@@ -110,3 +111,18 @@ def test_adapters_that_are_no_rank_rows_run_without_graphs(served):
     assert torch.isfinite(method.apply(layer, x)).all()
     ask(backend, pool, ["plain", None], [1, 1])
     assert backend.replayable
+
+
+def test_a_prefill_graph_is_recorded_without_adapters_and_replayed_with_them(served, device):
+    backend, pool, method, layer = served
+    backend.init_prefill_cuda_graph_batch_info(128)
+    x = torch.randn(80, K, generator=torch.Generator().manual_seed(5)).to(layer.weight)
+    for names in ([None] * 3, ["plain", None, "large"]):
+        adapters = [None if name is None else pool.get(name) for name in names]
+        assert backend.prefills_from_graph(adapters)
+        wanted = torch_path(served, names, [10, 30, 40], x)
+        backend.set_batch(adapters, [10, 30, 40], [1] * 3, prefill_graph=True)
+        got = method.apply(layer, x)
+        assert (got - wanted).float().abs().max() / wanted.float().abs().max() < (
+            ERROR if device.type == "cpu" else 2**-6
+        )

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from sgl_bdlora.kernels.batch import make_batch
-from sgl_bdlora.kernels.decode import FUSED_TOKENS, Decode
 from sgl_bdlora.kernels.torch_ops import add_lora
+from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS, TritonOps
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
 
@@ -57,7 +57,7 @@ POPULARITY = {
     "one row": ["q and v"],
     "many rows": ["plain", "blocks_a", None, "second layer", "small"] * 20,
 }
-# h keeps 12 bits of significand in each of its two halves.
+# In the linear kernel h keeps 12 bits of significand in each part of K.
 ERROR = 2**-11
 
 
@@ -70,19 +70,18 @@ def engine(device):
         for name, s in SHARDS.items()
     }
     pool.ensure(shards)
-    decode = Decode(pool.arena, HOSTS, 128)
-    return pool, decode
+    return pool, TritonOps(pool.arena, HOSTS, 16, None).reserve(128, combining=False)
 
 
-def case(engine, device, popularity: str, seed: int):
-    pool, decode = engine
+def case(engine, device, popularity: str, seed: int, static: bool = False):
+    pool, ops = engine
     owners = [None if name is None else pool.get(name) for name in POPULARITY[popularity]]
     distinct = sorted({id(a): a for a in owners if a is not None}.values(), key=lambda a: a.number)
-    assert decode.takes(distinct)
-    decode.set_batch(distinct, np.array([-1 if a is None else distinct.index(a) for a in owners], dtype=np.int32))
+    assert ops.takes(distinct)
+    ops.set_batch(distinct, np.array([-1 if a is None else distinct.index(a) for a in owners], dtype=np.int32), static)
     batch = make_batch(owners, [1] * len(owners), torch.device("cpu"))
     x = torch.randn(len(owners), K, generator=torch.Generator().manual_seed(seed))
-    return decode, batch, x.to(device, pool.arena.dtype)
+    return ops, batch, x.to(device, pool.arena.dtype)
 
 
 def reference(pool, batch, y, x, path):
@@ -108,61 +107,62 @@ def close(got, wanted, scale: float):
 
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize("path", PATHS)
-def test_shrink_and_expand(engine, device, popularity, path):
-    decode, batch, x = case(engine, device, popularity, 1)
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "graph"])
+def test_shrink_and_expand(engine, device, popularity, path, static):
+    ops, batch, x = case(engine, device, popularity, 1, static)
     y = torch.randn(len(x), sum(N), generator=torch.Generator().manual_seed(2)).to(x)
     wanted = reference(engine[0], batch, y, x, path)
-    decode.add_lora(y, x, path)
+    ops.add_lora(y, x, path)
     assert close(y, wanted, wanted.abs().max())
 
 
 @pytest.mark.parametrize("popularity", [name for name, who in POPULARITY.items() if len(who) <= FUSED_TOKENS])
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_with_the_expand_in_its_epilogue(engine, device, popularity, bias):
-    decode, batch, x = case(engine, device, popularity, 3)
+    ops, batch, x = case(engine, device, popularity, 3, static=True)
     generator = torch.Generator().manual_seed(4)
     weight = (torch.randn(sum(N), K, generator=generator) * 0.1).to(x)
     b = torch.randn(sum(N), generator=generator).to(x) if bias else None
     for path in PATHS:
-        assert decode.fuses(path, x, weight)
+        assert ops.fuses(path, x, weight)
         y = x.float() @ weight.float().T + (b.float() if bias else 0)
         wanted = reference(engine[0], batch, y, x, path)
-        assert close(decode.linear(x, weight, b, path), wanted, wanted.abs().max())
+        assert close(ops.linear(x, weight, b, path), wanted, wanted.abs().max())
 
 
 def test_a_tile_whose_shrink_does_not_come_computes_it(engine, device, monkeypatch):
-    """Nothing depends on the second stream's progress: not a deadlock, not a wrong sum."""
-    decode, batch, x = case(engine, device, "uniform", 5)
+    """Nothing depends on the order in which programs run: not a deadlock, not a wrong sum."""
+    ops, batch, x = case(engine, device, "uniform", 5)
     weight = torch.zeros(sum(N), K).to(x)
     wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, PATHS[0])
-    monkeypatch.setattr(decode, "_shrink", lambda *args, **kwargs: None)
-    assert close(decode.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
+    monkeypatch.setattr("sgl_bdlora.kernels.triton_ops.SHRINK_PROGRAMS", 0)
+    assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
 
 
 def test_stale_sums_are_not_taken(engine, device):
     """The same batch again with other activations: words of the step before carry other tags."""
-    decode, batch, _ = case(engine, device, "distinct", 6)
+    ops, batch, _ = case(engine, device, "distinct", 6)
     weight = torch.zeros(sum(N), K)
     for seed in range(3):
-        decode, batch, x = case(engine, device, "distinct", seed)
+        ops, batch, x = case(engine, device, "distinct", seed)
         for path in PATHS:
             wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, path)
-            assert close(decode.linear(x, weight.to(x), None, path), wanted, wanted.abs().max())
+            assert close(ops.linear(x, weight.to(x), None, path), wanted, wanted.abs().max())
 
 
 def test_infinity_of_another_adapter_stays_out(engine, device):
-    decode, _, x = case(engine, device, "distinct", 7)
+    ops, _, x = case(engine, device, "distinct", 7)
     x[1:] = float("inf")
     y = torch.zeros(len(x), sum(N)).to(x)
-    decode.add_lora(y, x, PATHS[0])
+    ops.add_lora(y, x, PATHS[0])
     assert y[0].isfinite().all()
     assert not y[2].isfinite().all()
 
 
 def test_base_rows_are_not_touched(engine, device):
-    decode, _, x = case(engine, device, "uniform", 8)
+    ops, _, x = case(engine, device, "uniform", 8)
     y = torch.randn(len(x), sum(N)).to(x)
     before = y.clone()
-    decode.add_lora(y, x, PATHS[0])
+    ops.add_lora(y, x, PATHS[0])
     assert torch.equal(y[2::4], before[2::4])
     assert not torch.equal(y[0], before[0])
