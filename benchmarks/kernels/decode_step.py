@@ -7,8 +7,8 @@ all arms have alike: no attention, no collectives. Milliseconds are medians.
 
     cublas      the base products alone
     base        our kernel with no adapter in the batch
-    linear      our kernel: its first programs shrink, the expand is in the epilogue of the others
-    late        the same with no program that shrinks: every tile gives up waiting and computes its own
+    linear      ours: shrink on a second stream, expand in the base product's epilogue
+    late        the same with no shrink running: every tile gives up waiting and computes its own
     separate    cuBLAS, then shrink and expand as launches of their own (quantised bases, more than 64 tokens)
     bytes       the time that the weights alone would take at the bandwidth given by --bandwidth, base and adapters
 """
@@ -143,9 +143,9 @@ def main(argv: list[str] | None = None) -> int:
             row = {"cublas_ms": graph_ms(cublas, capture, args.repeats)}
             row["base_ms"] = graph_ms(linear, lambda o=owners: ops.set_batch([], o * 0 - 1, static=True), args.repeats)
             row["linear_ms"] = graph_ms(linear, capture, args.repeats)
-            programs, kernels.SHRINK_PROGRAMS = kernels.SHRINK_PROGRAMS, 0
+            ops._shrink_beside = lambda *args: None
             row["late_ms"] = graph_ms(linear, capture, 5)
-            kernels.SHRINK_PROGRAMS = programs
+            del ops._shrink_beside
             row["separate_ms"] = graph_ms(separate, capture, args.repeats)
             row["bytes_ms"] = (base_bytes + count * shards["0"].nbytes) / (args.bandwidth * 1e9)
             rows.write(tokens=tokens, adapters=count, rank=args.rank, **row)

@@ -1,4 +1,4 @@
-"""A linear layer with its LoRA in one Triton launch, for batches of few rows (decode steps).
+"""A linear layer with its LoRA in Triton, for batches of few rows (decode steps).
 
 A rank row is one row of a local A together with the matching column of B; it carries its adapter's number (owner), its scale and the
 spans of inputs and outputs that it touches (rows.py). For each row t of the batch and each rank row r of the same owner
@@ -9,10 +9,10 @@ spans of inputs and outputs that it touches (rows.py). For each row t of the bat
 and for all others h is taken as zero. Nothing is padded to the largest rank, and inputs and outputs outside a row's span (the zero
 blocks of block-diagonal factors) are not read.
 
-With local pieces nothing stands between shrink and expand, so both go into the launch of the base product: its first programs compute h,
-the others a tile of x w^T each, to which they add the expand before they store it. y is written once and no launch is added. A tile does
-not wait for an event but for h itself: every word of h carries a tag of the launch that wrote it. A tile whose tags do not come computes
-its part of the shrink itself, so it ends whether or not the other programs ever get a place on the chip.
+With local pieces nothing stands between shrink and expand. So the shrink runs on a second stream beside the base product, and the linear
+kernel adds the expand to its own tile before it stores it: y is written once. It does not wait for an event but for h itself: every word of
+h carries a tag of the launch that wrote it. A tile whose tags do not come computes its part of the shrink itself, so it ends whether or not
+the other kernel ever gets a place on the chip.
 
 h is float32 with the low 12 bits replaced by the tag, which leaves 12 bits of significand: more than float16's 11 and bfloat16's 8.
 """
@@ -165,38 +165,40 @@ def slice_of(n0, end0, end1):
     return (n0 >= end0).to(tl.int32) + (n0 >= end1).to(tl.int32)
 
 
-@triton.jit
-def _shrink_programs(
+@triton.jit(do_not_specialize=["layer", "T"])
+def beside_kernel(
     x,
     arena,
     table,
+    meta,
     owners,
     h,
-    tag,
-    first,
+    layer,
     T,
     K,
-    n_rows,
     LIMIT: tl.constexpr,
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     BT: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Every PROGRAMS-th piece of h, from piece `first` on. A piece: BR rank rows of a slice, and one of SPLITS equal parts of K."""
+    """h of one layer, tagged. Grid: (SPLITS, programs that share a slice's rank rows, SLICES of the layer).
+
+    x (T, K), T <= BT. h (SPLITS, BT, SLICES, LIMIT) int32: sums over SPLITS equal parts of K. Only words of a row's own adapter
+    are written.
+    """
+    split = tl.program_id(0)
+    s = tl.program_id(2)
     t = tl.arange(0, BT)
     owner_T = tl.load(owners + t, mask=t < T, other=-1)
+    tag = _tag(meta, layer)
+    table += s * 5 * LIMIT
     k_count = tl.multiple_of(K // SPLITS, 16)
-    groups = tl.cdiv(n_rows, BR)
-    for piece in range(first, groups * SPLITS * SLICES, PROGRAMS):
-        split = piece % SPLITS
-        s = piece // SPLITS // groups
-        r = piece // SPLITS % groups * BR + tl.arange(0, BR)
-        rows = table + s * 5 * LIMIT
-        own = owner_T[:, None] == low(tl.load(rows + OWNER_FIELD * LIMIT + r))[None, :]
-        v = shrink_tile(x, arena, rows, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK)
+    for first in range(tl.program_id(1) * BR, tl.load(meta + 1), tl.num_programs(1) * BR):
+        r = first + tl.arange(0, BR)
+        own = owner_T[:, None] == low(tl.load(table + OWNER_FIELD * LIMIT + r))[None, :]
+        v = shrink_tile(x, arena, table, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK)
         place = ((split * BT + t[:, None]) * SLICES + s) * LIMIT + r[None, :]
         tl.store(h + place, _tagged(v, tag), mask=own)
 
@@ -221,30 +223,21 @@ def linear_kernel(
     LIMIT: tl.constexpr,
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
-    SHRINK_BR: tl.constexpr,
-    SHRINK_BK: tl.constexpr,
+    LATE_BK: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """y = x w^T + bias + h B^T. Grid: (PROGRAMS + N / BN,): those that compute h first, so that they start first.
+    """y = x w^T + bias + h B^T. Grid: (N / BN,).
 
-    x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK and by SPLITS * SHRINK_BK, slices by BN. h (SPLITS, BT, SLICES,
-    LIMIT) int32. end0, end1: where the outputs of the first and of the second slice end; N where there is no further slice.
+    x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK and LATE_BK, slices by BN. h as in beside_kernel. end0, end1: where
+    the outputs of the first and of the second slice end; N where there is no further slice.
     """
     tag = _tag(meta, layer)
     n_rows = tl.load(meta + 1)
-    if tl.program_id(0) < PROGRAMS:
-        _shrink_programs(
-            x, arena, table, owners, h, tag, tl.program_id(0), T, K, n_rows,
-            LIMIT, SLICES, SPLITS, PROGRAMS, BT, SHRINK_BR, SHRINK_BK,
-        )  # fmt: skip
-        return
-    LATE_BK: tl.constexpr = SHRINK_BK if SHRINK_BK < 64 else 64
-    n0 = (tl.program_id(0) - PROGRAMS) * BN
+    n0 = tl.program_id(0) * BN
     n = n0 + tl.arange(0, BN)
     t = tl.arange(0, BT)
     s = slice_of(n0, end0, end1)

@@ -1,6 +1,6 @@
 """LoRA in linear layers with Triton kernels: the current batch on the device, where CUDA graphs can replay it, and the launches.
 
-    rows <= FUSED_TOKENS, local adapters   the layer and its LoRA in one launch (fused.py)
+    rows <= FUSED_TOKENS, local adapters   shrink beside the layer, expand in its epilogue (fused.py)
     else                                   the layer, then shrink and expand (separate.py)
     combined pieces (S-LoRA)               the layer, then shrink, an all-reduce of h over the ranks, and expand
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import triton
 
-from sgl_bdlora.kernels.fused import TAGS, linear_kernel
+from sgl_bdlora.kernels.fused import TAGS, beside_kernel, linear_kernel
 from sgl_bdlora.kernels.rows import (
     FIELDS,
     SLICES,
@@ -41,11 +41,11 @@ ROWS = 64
 SHRINK_ROWS = 16
 # Up to here the base product is bound by its weights' bytes, and one tile holds all rows of the batch.
 FUSED_TOKENS = 64
-# Programs of the linear kernel that compute h. A piece of h is SHRINK_ROWS rank rows and one of at most MAX_SPLITS parts of K, read
-# SHRINK_INPUTS inputs (of 16 tokens) at a time with four such loads under way: latency counts here, not bytes.
-SHRINK_PROGRAMS = 96
-SHRINK_INPUTS = 256
-MAX_SPLITS = 4
+# The shrink beside it: programs that share a slice's rank rows, and parts of K. Two parts: 3 us instead of 5 beside a base product of
+# 7 us and more (one H200, 48 rank rows, 8 tokens).
+SHRINK_PROGRAMS = 16
+SHRINK_INPUTS = 128
+MAX_SPLITS = 2
 # Programs that the separate kernels should have at least: two for each multiprocessor of an H100 or H200.
 PROGRAMS = 264
 # Columns of h, the largest adapter's, that graphs are captured with, in local layers and at least in combined ones.
@@ -55,7 +55,7 @@ COMBINED_COLUMNS = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """Tile sizes of one layer. ends: where the outputs of its first two slices end. splits: parts of K in the linear kernel's shrink.
+    """Tile sizes of one layer. ends: where the outputs of its first two slices end. splits: parts of K in the shrink beside it.
 
     combines: whether an S-LoRA piece of this layer would be put together over the ranks.
     """
@@ -154,7 +154,10 @@ class TritonOps:
         # First tag less one, number of local rank rows, owner of every row.
         self._static_meta = torch.zeros(2 + self.max_tokens, dtype=torch.int32, device=device)
         self._meta = self._static_meta
-        self._words = torch.zeros(FUSED_TOKENS * MAX_SPLITS * SLICES * LIMIT, dtype=torch.int32, device=device)
+        # For two layers in turn: the shrink of one may start before the last tile of the other has read its h.
+        self._words = torch.zeros(2, FUSED_TOKENS * MAX_SPLITS * SLICES * LIMIT, dtype=torch.int32, device=device)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._forked = False
         self._static_h: torch.Tensor | None = None
         self._static_combined: torch.Tensor | None = None
         self._rows: WeakKeyDictionary[AdapterShard, AdapterRows | None] = WeakKeyDictionary()
@@ -269,12 +272,20 @@ class TritonOps:
         )
 
     def linear(self, x_TK: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None, path: str) -> torch.Tensor:
-        """x W^T + bias with the batch's updates added; those of local pieces in one launch with the product."""
+        """x W^T + bias with the batch's updates added."""
         plan, layer = self.plans[path], self.index.number[path]
         x_TK, tokens = x_TK.contiguous(), len(x_TK)
         block_t = max(16, triton.next_power_of_2(tokens))
+        words = self._words[layer % 2]
+        if self._side is None:
+            self._shrink_beside(x_TK, words, plan, layer, block_t)
+        else:
+            self._side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._side):
+                self._shrink_beside(x_TK, words, plan, layer, block_t)
+            self._forked = True
         y_TN = x_TK.new_empty(tokens, plan.outputs)
-        linear_kernel[(SHRINK_PROGRAMS + plan.outputs // plan.block_n,)](
+        linear_kernel[(plan.outputs // plan.block_n,)](
             x_TK,
             w_NK,
             w_NK if bias_N is None else bias_N,
@@ -283,7 +294,7 @@ class TritonOps:
             self._local.rows[layer],
             self._meta,
             self._meta[2:],
-            self._words,
+            words,
             layer,
             tokens,
             plan.outputs,
@@ -292,21 +303,47 @@ class TritonOps:
             LIMIT=LIMIT,
             SLICES=plan.slices,
             SPLITS=plan.splits,
-            PROGRAMS=SHRINK_PROGRAMS,
             BT=block_t,
             BN=plan.block_n,
             BK=plan.block_k if block_t <= 32 else min(plan.block_k, 128),
-            # As many words of h in registers whatever the number of rows.
-            BR=max(16, min(ROWS, 1024 // block_t)),
-            SHRINK_BR=SHRINK_ROWS,
-            SHRINK_BK=max(16, min(plan.shrink_k, SHRINK_INPUTS * 16 // block_t)),
+            BR=ROWS,
+            LATE_BK=min(plan.shrink_k, 64),
             BIAS=bias_N is not None,
             num_warps=4,
             num_stages=4,
         )
+        if layer == len(self.index) - 1:
+            self._join()
         if self._combining and plan.combines:
             self._add_combined(y_TN, x_TK, plan, layer)
         return y_TN
+
+    def _shrink_beside(self, x_TK: torch.Tensor, words: torch.Tensor, plan: Plan, layer: int, block_t: int) -> None:
+        beside_kernel[(plan.splits, SHRINK_PROGRAMS, plan.slices)](
+            x_TK,
+            self._arena,
+            self._local.rows[layer],
+            self._meta,
+            self._meta[2:],
+            words,
+            layer,
+            len(x_TK),
+            plan.inputs,
+            LIMIT=LIMIT,
+            SLICES=plan.slices,
+            SPLITS=plan.splits,
+            BT=block_t,
+            BR=SHRINK_ROWS,
+            BK=plan.shrink_k,
+            num_warps=4,
+            num_stages=4,
+        )
+
+    def _join(self) -> None:
+        """Let what follows wait for the second stream, which is long done; a graph may not end with an open branch."""
+        if self._forked:
+            torch.cuda.current_stream().wait_stream(self._side)
+            self._forked = False
 
     def add_lora(self, y_TN: torch.Tensor, x_TK: torch.Tensor, path: str) -> None:
         """Add the batch's updates to y in place: for quantised layers and for more than FUSED_TOKENS rows."""

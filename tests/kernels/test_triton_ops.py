@@ -131,23 +131,25 @@ def test_linear_with_the_expand_in_its_epilogue(engine, device, popularity, bias
 
 
 def test_a_tile_whose_shrink_does_not_come_computes_it(engine, device, monkeypatch):
-    """Nothing depends on the order in which programs run: not a deadlock, not a wrong sum."""
+    """Nothing depends on the second stream's progress: not a deadlock, not a wrong sum."""
     ops, batch, x = case(engine, device, "uniform", 5)
     weight = torch.zeros(sum(N), K).to(x)
     wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, PATHS[0])
-    monkeypatch.setattr("sgl_bdlora.kernels.triton_ops.SHRINK_PROGRAMS", 0)
+    monkeypatch.setattr(ops, "_shrink_beside", lambda *args: None)
     assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
 
 
 def test_stale_sums_are_not_taken(engine, device):
-    """The same batch again with other activations: words of the step before carry other tags."""
-    ops, batch, _ = case(engine, device, "distinct", 6)
+    """The same batch again with other activations: words of the step before carry other tags. On a GPU it is a race, so many times."""
     weight = torch.zeros(sum(N), K)
-    for seed in range(3):
-        ops, batch, x = case(engine, device, "distinct", seed)
+    wanted = {}
+    for step in range(3 if device.type == "cpu" else 500):
+        ops, batch, x = case(engine, device, "distinct", step % 2, static=True)
         for path in PATHS:
-            wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, path)
-            assert close(ops.linear(x, weight.to(x), None, path), wanted, wanted.abs().max())
+            if (path, step % 2) not in wanted:
+                wanted[path, step % 2] = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, path)
+            sums = wanted[path, step % 2]
+            assert close(ops.linear(x, weight.to(x), None, path), sums, sums.abs().max())
 
 
 def test_infinity_of_another_adapter_stays_out(engine, device):
