@@ -17,6 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from sgl_bdlora import config
 from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, read_adapter
+from sgl_bdlora.adapters.check import check_rank
 from sgl_bdlora.admission import Admission, Waiting
 from sgl_bdlora.layers import embedding
 from sgl_bdlora.layers.host import host_layers, vocabulary_layers
@@ -89,7 +90,7 @@ class BDLoRAManager(LoRAManager):
         try:
             self._check_ref(lora_ref)
             adapter: Adapter = read()
-            self._check_rank(adapter)
+            check_rank(adapter, self.max_lora_rank)
             shard = shard_adapter(adapter, self.host, self.dtype, self.sharding, pin=self.device.type == "cuda")
         except AdapterError as refusal:
             error = str(refusal)
@@ -131,14 +132,6 @@ class BDLoRAManager(LoRAManager):
                 f"pinned = True, but {self.num_pinned_loras} adapters are pinned and --max-loras-per-batch is "
                 f"{self.max_loras_per_batch}, which has to leave a place for others",
                 "load it unpinned, or raise --max-loras-per-batch",
-            )
-
-    def _check_rank(self, adapter: Adapter) -> None:
-        if adapter.rank > self.max_lora_rank:
-            raise AdapterError(
-                adapter.name,
-                f"r = {adapter.rank} is above the server's limit of {self.max_lora_rank}",
-                "raise --max-lora-rank",
             )
 
     def _check_bytes(self, shard: AdapterShard, pinned: bool) -> None:

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from sgl_bdlora.adapters.config import AdapterConfig, BlockDiagonalConfig
-from sgl_bdlora.adapters.errors import AdapterError
+from sgl_bdlora.adapters.errors import AdapterError, ModelError
 from sgl_bdlora.adapters.format import Adapter, Factor, LoRAModule, StoredTensor
 
 _LAZY = {
@@ -24,6 +24,7 @@ __all__ = [
     "BlockDiagonalConfig",
     "Factor",
     "LoRAModule",
+    "ModelError",
     "StoredTensor",
     "adapter_from_tensors",
     "check_features",

@@ -9,10 +9,18 @@ from sgl_bdlora.adapters.errors import AdapterError
 if TYPE_CHECKING:
     import torch
 
-    from sgl_bdlora.adapters.format import LoRAModule, StoredTensor
+    from sgl_bdlora.adapters.format import Adapter, LoRAModule, StoredTensor
 
 # Rows of an embedding that are compared at a time: 64 MiB of 8,192 16-bit numbers each.
 _ROWS = 4096
+
+
+def check_rank(adapter: Adapter, limit: int) -> None:
+    """Raise AdapterError if a module's rank is above `limit`, the server's --max-lora-rank."""
+    if adapter.rank > limit:
+        raise AdapterError(
+            adapter.name, f"r = {adapter.rank} is above the server's limit of {limit}", "raise --max-lora-rank"
+        )
 
 
 def check_finite(adapter: str, key: str, values: torch.Tensor) -> None:

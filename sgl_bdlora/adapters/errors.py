@@ -1,4 +1,4 @@
-"""The one exception that adapters are refused with."""
+"""The exceptions that adapters and models are refused with."""
 
 from __future__ import annotations
 
@@ -9,23 +9,41 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 8
 
 
-class AdapterError(ValueError):
-    """An adapter that cannot be served exactly as it was trained.
+class _Refusal(ValueError):
+    """A message of three parts: who is at fault, what is wrong, what to do about it."""
+
+    subject: str
+
+    def __init__(self, name: str, problem: str, fix: str) -> None:
+        # All three go to args, so that the error survives pickling between SGLang's processes.
+        super().__init__(name, problem, fix)
+        self.name = name
+        self.problem = problem
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.subject} {self.name!r}: {self.problem}. Fix: {self.fix}."
+
+
+class AdapterError(_Refusal):
+    """An adapter that cannot be served or converted exactly as it was trained.
 
     adapter: the name the adapter is loaded under.
     problem: the file, field or tensor at fault with its value.
     fix: what the user can do about it, in the imperative.
     """
 
-    def __init__(self, adapter: str, problem: str, fix: str) -> None:
-        # All three go to args, so that the error survives pickling between SGLang's processes.
-        super().__init__(adapter, problem, fix)
-        self.adapter = adapter
-        self.problem = problem
-        self.fix = fix
+    subject = "LoRA adapter"
 
-    def __str__(self) -> str:
-        return f"LoRA adapter {self.adapter!r}: {self.problem}. Fix: {self.fix}."
+    @property
+    def adapter(self) -> str:
+        return self.name
+
+
+class ModelError(_Refusal):
+    """A model's configuration that cannot be understood, or that does not fit the tensor-parallel size asked for."""
+
+    subject = "model"
 
 
 def show(value: object) -> str:

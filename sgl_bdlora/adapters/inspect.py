@@ -1,19 +1,12 @@
-"""What an adapter is and what a rank would hold of it, without a server.
+"""What an adapter is and what a rank would hold of it, without a server (hosts.py says by which convention)."""
 
-Which layers are row-parallel is a property of the served model; without one, Megatron's convention decides by name, as in
-SGLang's dense decoders: o_proj and down_proj are row-parallel, every other linear layer is column-parallel. The input embedding and
-lm_head are split on the vocabulary.
-"""
-
+import dataclasses
 from dataclasses import dataclass, replace
 
-from sgl_bdlora.adapters.format import Adapter, Factor, LoRAModule, StoredTensor
-from sgl_bdlora.sharding import HostLayer, HostSlice, PieceLayout, Sharding, Span, layout_for
-
-ROW_PARALLEL = ("o_proj", "down_proj", "out_proj")
-
-# SGLang fills the vocabulary up to a multiple of this before it splits it (vocab_parallel_embedding.py).
-VOCABULARY_PADDING = 64
+from sgl_bdlora.adapters.format import Adapter, LoRAModule
+from sgl_bdlora.adapters.hosts import host_layers, layers_of, leaf_of
+from sgl_bdlora.sharding import HostModel, LayerLayout, Sharding, plan_layers
+from sgl_bdlora.sharding.alternatives import as_plain, stored_numel
 
 
 @dataclass(frozen=True)
@@ -43,78 +36,74 @@ class Report:
     per_rank: dict[str, int]
     collectives: dict[str, int]
 
+    def as_json(self) -> dict:
+        return {
+            "name": self.adapter.name,
+            "source": self.adapter.source,
+            "kind": self.adapter.kind,
+            "nblocks": self.adapter.nblocks,
+            "rank": self.adapter.rank,
+            "tp": self.tp,
+            "parameters": self.parameters,
+            "families": [dataclasses.asdict(family) for family in self.families],
+            "parameters_per_rank": self.per_rank,
+            "bytes_per_rank_16_bit": {title: 2 * count for title, count in self.per_rank.items()},
+            "collectives_per_step": self.collectives,
+        }
+
 
 def report(adapter: Adapter, tp: int) -> Report:
-    """Raises AdapterError when a layer cannot be split over `tp` ranks, or a factor is on the wrong side."""
-    modules = list(adapter.modules.values())
-    leaves = dict.fromkeys(_leaf(m) for m in modules)
-    shardings = {
-        "as served": (False, "replicated"),
-        "dense, replicated": (True, "replicated"),
-        "dense, s-lora": (True, "s-lora"),
+    """Raises AdapterError when a factor is on the wrong side. A layer that `tp` does not divide counts as split nearly evenly."""
+    # Copies of embeddings are compared with a model; here there is none.
+    modules = {path: replace(module, base_weight=None) for path, module in adapter.modules.items()}
+    bare = replace(adapter, modules=modules)
+    dense = replace(bare, modules={path: as_plain(module) for path, module in modules.items()})
+    layouts = {
+        "as served": layouts_on_ranks(bare, tp, "replicated"),
+        "dense, replicated": layouts_on_ranks(dense, tp, "replicated"),
+        "dense, s-lora": layouts_on_ranks(dense, tp, "s-lora"),
     }
-    per_rank, collectives = {}, {}
-    for title, (dense, sharding) in shardings.items():
-        chosen = [_dense(m) if dense else m for m in modules]
-        ranks = [[_layout(adapter.name, m, tp, rank, sharding) for m in chosen] for rank in range(tp)]
-        per_rank[title] = max(sum(layout.numel for layout in layouts) for layouts in ranks)
-        # SGLang fuses q, k, v and gate, up: their gathers are one.
-        fused = {(m.path.rpartition(".")[0], x.combine) for m, x in zip(chosen, ranks[0], strict=True)}
-        collectives[title] = sum(combine != "none" for _, combine in fused)
-    families = tuple(_family(adapter.name, leaf, [m for m in modules if _leaf(m) == leaf], tp) for leaf in leaves)
-    total = sum(_stored(m.a) + _stored(m.b) for m in modules)
-    return Report(adapter, tp, families, total, per_rank, collectives)
+    ranks: dict[str, int] = {}
+    for layers in layouts["as served"]:
+        for s in (s for layer in layers for s in layer.slices):
+            ranks[s.name] = max(ranks.get(s.name, 0), s.piece.local_rank)
+    leaves = dict.fromkeys(map(leaf_of, modules))
+    families = tuple(
+        _family(leaf, [m for path, m in modules.items() if leaf_of(path) == leaf], ranks[leaf]) for leaf in leaves
+    )
+    return Report(
+        adapter=adapter,
+        tp=tp,
+        families=families,
+        parameters=stored_numel(adapter),
+        per_rank={title: max(map(parameters, on_ranks)) for title, on_ranks in layouts.items()},
+        collectives={title: collectives(on_ranks[0]) for title, on_ranks in layouts.items()},
+    )
 
 
-def _family(adapter: str, leaf: str, modules: list[LoRAModule], tp: int) -> Family:
-    layouts = [_layout(adapter, m, tp, rank, "replicated") for m in modules for rank in range(tp)]
+def layouts_on_ranks(adapter: Adapter, tp: int, sharding: Sharding) -> list[list[LayerLayout]]:
+    """Every rank's layouts by the naming convention."""
+    layers = layers_of(adapter)
+    models = [HostModel(host_layers(layers, tp, rank)) for rank in range(tp)]
+    return [list(plan_layers(adapter, model, sharding)[0].values()) for model in models]
+
+
+def parameters(layers: list[LayerLayout]) -> int:
+    """Parameters that one rank holds."""
+    return sum(s.piece.numel for layer in layers for s in layer.slices)
+
+
+def collectives(layers: list[LayerLayout]) -> int:
+    """Collectives that a forward pass runs for these layers."""
+    return sum(any(s.piece.combine != "none" for s in layer.slices) for layer in layers)
+
+
+def _family(leaf: str, modules: list[LoRAModule], local_rank: int) -> Family:
     return Family(
         leaf,
         len(modules),
         tuple(sorted({m.rank for m in modules})),
         max(max(m.a.blocks, m.b.blocks) for m in modules),
-        max(layout.local_rank for layout in layouts),
-        sum(_stored(m.a) + _stored(m.b) for m in modules),
+        local_rank,
+        sum(factor.tensor.shape[0] * factor.tensor.shape[1] for m in modules for factor in (m.a, m.b)),
     )
-
-
-def _layout(adapter: str, module: LoRAModule, tp: int, rank: int, sharding: Sharding) -> PieceLayout:
-    leaf = _leaf(module)
-    whole_in, whole_out = Span.whole(module.in_features), Span.whole(module.out_features)
-    if module.embedding and leaf == "lm_head":
-        host = HostSlice(leaf, whole_in, _vocabulary(module.out_features, tp, rank), 0)
-        return layout_for(adapter, module, HostLayer(module.path, "head", (host,), rank, tp), host, sharding)
-    if module.embedding:
-        host = HostSlice(leaf, _vocabulary(module.in_features, tp, rank), whole_out, 0)
-        return layout_for(adapter, module, HostLayer(module.path, "embedding", (host,), rank, tp), host, sharding)
-    if leaf in ROW_PARALLEL:
-        host = HostSlice(leaf, Span.part(rank, tp, module.in_features), whole_out, 0)
-        return layout_for(adapter, module, HostLayer(module.path, "row", (host,), rank, tp), host, sharding)
-    host = HostSlice(leaf, whole_in, Span.part(rank, tp, module.out_features), 0)
-    return layout_for(adapter, module, HostLayer(module.path, "column", (host,), rank, tp), host, sharding)
-
-
-def _dense(module: LoRAModule) -> LoRAModule:
-    """The module as plain LoRA: same rank, factors without blocks. Its weights cannot be read, only laid out."""
-
-    def factor(f: Factor) -> Factor:
-        return Factor(StoredTensor(f.tensor.key, f.shape, f.tensor.dtype, None))
-
-    return replace(module, a=factor(module.a), b=factor(module.b))
-
-
-def _vocabulary(size: int, tp: int, rank: int) -> Span:
-    """The last ranks of a large `tp` and a small vocabulary would hold padding only; they count like the last one that does not."""
-    padded = -(-size // VOCABULARY_PADDING) * VOCABULARY_PADDING
-    share = -(-padded // tp)
-    start = min(share * rank, size - 1)
-    return Span(start, min(start + share, size), size)
-
-
-def _leaf(module: LoRAModule) -> str:
-    return module.path.rpartition(".")[2]
-
-
-def _stored(factor: Factor) -> int:
-    rows, cols = factor.tensor.shape
-    return rows * cols

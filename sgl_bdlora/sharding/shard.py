@@ -119,7 +119,7 @@ def shard_adapter(
     Raises AdapterError for unknown modules, shapes of another model, wrongly sided factors, weights that are not finite, and copies
     of the base model's embeddings that differ from it.
     """
-    layers, plan = _plan(adapter, host, sharding)
+    layers, plan = plan_layers(adapter, host, sharding)
     offsets, total = {}, 0
     for path, layer in layers.items():
         offsets[path] = total
@@ -142,20 +142,14 @@ def shard_adapter(
     )
 
 
-def layer_views(block: torch.Tensor, layer: LayerLayout) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A (rows_a, width_a) and every slice's transposed B (local rank, outputs / blocks_b) as views of a layer's block."""
-    a = block[: layer.rows_a * layer.width_a].view(layer.rows_a, layer.width_a)
-    bs = []
-    for s in layer.slices:
-        ranks, width = len(s.piece.ranks_b), len(s.piece.outputs) // s.piece.blocks_b
-        bs.append(block[s.b_offset : s.b_offset + ranks * width].view(ranks, width))
-    return a, bs
-
-
-def _plan(
+def plan_layers(
     adapter: Adapter, host: HostModel, sharding: Sharding
 ) -> tuple[dict[str, LayerLayout], dict[str, list[LoRAModule]]]:
-    """Layouts by host layer, and the adapter modules behind each layout's slices, in the same order."""
+    """Layouts by host layer, and the adapter modules behind each layout's slices, in the same order. No factor is read.
+
+    Raises AdapterError for unknown modules, shapes of another model, wrongly sided factors, and copies of the base model's embeddings
+    that differ from it.
+    """
     found: dict[str, list] = {}
     for module in adapter.modules.values():
         layer, piece = host.find(adapter.name, module)
@@ -171,6 +165,16 @@ def _plan(
         modules[path] = [module for _, module, _ in entries]
         layouts[path] = _layer_layout(entries)
     return layouts, modules
+
+
+def layer_views(block: torch.Tensor, layer: LayerLayout) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A (rows_a, width_a) and every slice's transposed B (local rank, outputs / blocks_b) as views of a layer's block."""
+    a = block[: layer.rows_a * layer.width_a].view(layer.rows_a, layer.width_a)
+    bs = []
+    for s in layer.slices:
+        ranks, width = len(s.piece.ranks_b), len(s.piece.outputs) // s.piece.blocks_b
+        bs.append(block[s.b_offset : s.b_offset + ranks * width].view(ranks, width))
+    return a, bs
 
 
 def _layer_layout(entries: list[tuple[int, LoRAModule, PieceLayout]]) -> LayerLayout:
