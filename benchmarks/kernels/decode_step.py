@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     pool = MemoryPool(budget, torch.bfloat16, torch.device("cuda"), len(shards))
     pool.ensure(shards)
     residents = [pool.get(uid) for uid in shards]
-    ops = kernels.TritonOps(pool.arena, layers, len(shards), None).reserve(max(args.tokens), combining=False)
+    ops = kernels.TritonOps(pool.arena, layers, len(shards), None).reserve(max(args.tokens), combines=False)
     sizes = [(sum(len(s.outputs) for s in host.slices), len(host.slices[0].inputs)) for host in layers]
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for n, k in sizes]
     base_bytes = sum(w.nbytes for w in weights)

@@ -58,7 +58,7 @@ class BDLoRABackend(BaseLoRABackend):
         if arena.device.type == "cuda":
             from sgl_bdlora.kernels.triton_ops import TritonOps
 
-            self._ops = TritonOps(arena, hosts, self.max_loras_per_batch, self.collectives)
+            self._ops = TritonOps(arena, hosts, self.max_loras_per_batch, self.collectives if combines else None)
 
     def init_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:
         """Before decode graphs are captured: buffers as large as the largest graph's batch."""
@@ -68,7 +68,7 @@ class BDLoRABackend(BaseLoRABackend):
     def init_prefill_cuda_graph_batch_info(self, max_num_tokens: int) -> None:
         """The same before prefill graphs are captured."""
         if self._ops is not None:
-            self._prefill_ops = self._ops.reserve(max_num_tokens, combining=False)
+            self._prefill_ops = self._ops.reserve(max_num_tokens, combines=False)
             self.prefill_cuda_graph_max_bs = self.prefill_cuda_graph_max_tokens = max_num_tokens
 
     def captures_decode_with_collectives(self) -> bool:

@@ -130,8 +130,8 @@ class TritonOps:
 
     Args:
         arena: the pool's weights. hosts: the model's linear layers, in the order of the forward pass. max_adapters: of a batch.
-        collectives: over the ranks that share a layer. max_tokens: rows of the largest batch that a graph replays. What graphs read keeps
-        its address for the life of the server.
+        collectives: over the ranks that share a layer; None where no adapter has pieces that are put together. max_tokens: rows of the
+        largest batch that a graph replays. What graphs read keeps its address for the life of the server.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class TritonOps:
         arena: torch.Tensor,
         hosts: Sequence[HostLayer],
         max_adapters: int,
-        collectives: Collectives,
+        collectives: Collectives | None,
         max_tokens: int = FUSED_TOKENS,
     ):
         self.plans = {host.path: plan_for(host) for host in hosts}
@@ -149,8 +149,10 @@ class TritonOps:
         self._arena = arena
         device = arena.device
         self._local = Table(len(self.index), max_adapters, device)
-        self._shrinks = Table(len(self.index), max_adapters, device)
-        self._expands = Table(len(self.index), max_adapters, device)
+        self._shrinks = self._expands = None
+        if collectives is not None:
+            self._shrinks = Table(len(self.index), max_adapters, device)
+            self._expands = Table(len(self.index), max_adapters, device)
         # First tag less one, number of local rank rows, owner of every row.
         self._static_meta = torch.zeros(2 + self.max_tokens, dtype=torch.int32, device=device)
         self._meta = self._static_meta
@@ -168,15 +170,16 @@ class TritonOps:
         self._combining = False
         self._width = self._combined_width = 0
 
-    def reserve(self, max_tokens: int, combining: bool) -> "TritonOps":
-        """The same with what graphs of max_tokens rows need; combining: also those whose adapters are put together over the ranks."""
-        other = TritonOps(self._arena, self._hosts, self._max_adapters, self._collectives, max_tokens)
+    def reserve(self, max_tokens: int, combines: bool) -> "TritonOps":
+        """The same with what graphs of max_tokens rows need; combines: also those whose adapters are put together over the ranks."""
+        collectives = self._collectives if combines else None
+        other = TritonOps(self._arena, self._hosts, self._max_adapters, collectives, max_tokens)
         other._rows = self._rows
         arena, tokens = self._arena, other.max_tokens
         # Several parts of K only where they come to no more than this many rows (_splits).
         rows = max(tokens, PROGRAMS // 4 * 64)
         other._static_h = torch.zeros(rows * COLUMNS, dtype=torch.float32, device=arena.device)
-        if combining:
+        if other._collectives is not None:
             widths = [r.combined_width for r in self._rows.values() if r]
             columns = _padded(max([COMBINED_COLUMNS, *widths]))
             other._static_combined = arena.new_zeros(len(self.index), tokens, columns)
@@ -194,7 +197,7 @@ class TritonOps:
     def takes(self, adapters: Sequence[Resident]) -> bool:
         """Whether the kernels can serve a batch of these adapters."""
         rows = [self.rows(adapter.shard) for adapter in adapters]
-        if None in rows:
+        if None in rows or (self._expands is None and any(r.combined_width for r in rows)):
             return False
         return max(most_rows([r.local for r in rows]), most_rows([r.expand for r in rows])) <= LIMIT
 
@@ -236,7 +239,7 @@ class TritonOps:
             self._width = max((r.width for r in rows), default=0)
             self._combined_width = max((r.combined_width for r in rows), default=0)
             self._local.fill([(r.local, b) for r, b in zip(rows, blocks, strict=True)])
-            if self._combined_width or self._shrinks.used:
+            if self._shrinks is not None and (self._combined_width or self._shrinks.used):
                 self._shrinks.fill([(r.shrink, b) for r, b in zip(rows, blocks, strict=True)])
                 self._expands.fill([(r.expand, b) for r, b in zip(rows, blocks, strict=True)])
         if adapters != self._last_adapters or not np.array_equal(owners, self._last_owners):

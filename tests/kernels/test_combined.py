@@ -81,7 +81,7 @@ def run(device, path: str, xs: list[torch.Tensor], static: bool) -> list[torch.T
         ops = TritonOps(pool.arena, hosts(rank), 4, ranks)
         for adapter in adapters:
             ops.rows(adapter.shard)
-        ops = ops.reserve(16, combining=True)
+        ops = ops.reserve(16, combines=True)
         assert ops.takes(adapters)
         owners = np.array([-1 if o is None else list(RANKS).index(o) for o in OWNERS], dtype=np.int32)
         ops.set_batch(adapters, owners, static)

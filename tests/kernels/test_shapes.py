@@ -1,0 +1,113 @@
+"""On a GPU: the kernels on the layers of Llama-3.1 8B and 70B at every tensor-parallel size, in both 16-bit types."""
+
+import numpy as np
+import pytest
+import torch
+
+from sgl_bdlora.kernels.triton_ops import TritonOps
+from sgl_bdlora.memory_pool import MemoryPool
+from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="real shapes take too long without a GPU")
+
+# Hidden size, heads x head size of q and of k and v, intermediate size.
+MODELS = {"8b": (4096, 4096, 1024, 14336), "70b": (8192, 8192, 1024, 28672)}
+# Name -> local rank, blocks of the column layers' B and of the row layers' A.
+ADAPTERS = {"eight": (8, 1), "sixteen": (16, 1), "large": (128, 1), "four blocks": (12, 4)}
+OWNERS = {
+    "one": ["sixteen"],
+    "distinct": [*ADAPTERS, None],
+    "identical": ["eight"] * 8,
+    "uniform": ["eight", None, "large", "four blocks"] * 8,
+    "skewed": ["sixteen"] * 60 + ["large", None, "eight"],
+    "prefill": ["eight"] * 130 + [None] * 7 + ["large"] * 100 + ["four blocks"] * 65,
+}
+
+
+def hosts(model: str, tp: int) -> list[HostLayer]:
+    hidden, q, kv, inner = (MODELS[model][0], *(size // tp for size in MODELS[model][1:]))
+    shapes = {
+        "qkv": (hidden, (q, kv, kv)),
+        "o": (q, (hidden,)),
+        "gate_up": (hidden, (inner, inner)),
+        "down": (inner, (hidden,)),
+    }
+    return [
+        HostLayer(
+            name,
+            "column",
+            tuple(HostSlice(f"{i}", Span.whole(k), Span.whole(n), sum(ns[:i])) for i, n in enumerate(ns)),
+        )
+        for name, (k, ns) in shapes.items()
+    ]
+
+
+def shard(name: str, layers: list[HostLayer], dtype: torch.dtype) -> AdapterShard:
+    rank, blocks = ADAPTERS[name]
+    layouts, offsets, total = {}, {}, 0
+    whole = Span.whole(rank)
+    for host in layers:
+        k, row = host.slices[0].inputs, host.path in ("o", "down")
+        blocks_a, blocks_b = (blocks, 1) if row else (1, blocks)
+        offset, made = rank * len(host.slices) * len(k) // blocks_a, []
+        for i, s in enumerate(host.slices):
+            piece = PieceLayout("none", whole, whole, k, s.outputs, blocks_a, blocks_b)
+            made.append(SliceLayout(s.name, piece, 0.5 + i, i * rank, offset, s.y_start))
+            offset += rank * len(s.outputs) // blocks_b
+        layouts[host.path] = LayerLayout(tuple(made), rank * len(host.slices), len(k) // blocks_a, offset)
+        offsets[host.path] = total
+        total += offset
+    weights = torch.randn(total, generator=torch.Generator().manual_seed(rank)) * 0.02
+    return AdapterShard(name, "plain", rank, 1, layouts, offsets, weights.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("model", MODELS)
+def test_real_shapes(device, model, tp, dtype):
+    layers = hosts(model, tp)
+    shards = {name: shard(name, layers, dtype) for name in ADAPTERS}
+    pool = MemoryPool(sum(s.nbytes for s in shards.values()), dtype, device, len(shards))
+    pool.ensure(shards)
+    ops = TritonOps(pool.arena, layers, len(shards), None).reserve(512, combines=False)
+    adapters = [pool.get(name) for name in ADAPTERS]
+    torch.manual_seed(0)
+    for host in layers:
+        k, n = len(host.slices[0].inputs), sum(len(s.outputs) for s in host.slices)
+        weight = (torch.randn(n, k, device=device) * 0.02).to(dtype)
+        for popularity, names in OWNERS.items():
+            x = torch.randn(len(names), k, device=device).to(dtype)
+            owners = np.array([-1 if o is None else list(ADAPTERS).index(o) for o in names], dtype=np.int32)
+            ops.set_batch(adapters, owners, static=True)
+            update = dense_update(shards, host, x, names)
+            base = x.float() @ weight.float().T
+            if ops.fuses(host.path, x, weight):
+                y = ops.linear(x, weight, None, host.path)
+                assert relative(y, base + update) < 2**-7, (host.path, popularity, "linear")
+            y = torch.zeros(len(x), n, dtype=dtype, device=device)
+            ops.add_lora(y, x, host.path)
+            assert relative(y, update) < 2**-6, (host.path, popularity, "separate")
+
+
+def dense_update(shards: dict[str, AdapterShard], host: HostLayer, x: torch.Tensor, names: list) -> torch.Tensor:
+    """Every row's update in float32, from factors written out densely."""
+    update = torch.zeros(len(x), sum(len(s.outputs) for s in host.slices), device=x.device)
+    for name, s in shards.items():
+        rows = [t for t, owner in enumerate(names) if owner == name]
+        layer = s.layers[host.path]
+        block = s.weights[s.offsets[host.path] :][: layer.numel].float().to(x.device)
+        a = block[: layer.rows_a * layer.width_a].view(layer.rows_a, layer.width_a)
+        for part in layer.slices if rows else ():
+            piece = part.piece
+            local_a = a[part.a_start : part.a_start + piece.local_rank]
+            width = len(piece.outputs) // piece.blocks_b
+            local_b = block[part.b_offset :][: piece.local_rank * width].view(piece.local_rank, width)
+            dense_a = torch.block_diag(*local_a.chunk(piece.blocks_a))
+            dense_b = torch.block_diag(*local_b.chunk(piece.blocks_b))
+            here = slice(part.y_start, part.y_start + len(piece.outputs))
+            update[rows, here] += part.scale * x[rows].float() @ dense_a.T @ dense_b
+    return update
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got.float() - wanted).abs().max() / wanted.abs().max()).item()
