@@ -166,7 +166,7 @@ class Latency:
             max(args.batches),
             max(m.adapters for m in args.mixes) + 1,
             max(ranks, default=1),
-            max(args.batches) * longest,
+            min(max(args.batches) * longest, 16384),
             int(pool),
             tuple(args.extra_arguments.split()),
         )

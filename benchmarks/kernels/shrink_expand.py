@@ -1,0 +1,168 @@
+"""Shrink and expand of one layer beside SGLang's csgmv, PyTorch and the floor of bytes and launches.
+
+    python -m benchmarks.kernels.shrink_expand [--model 8b] [--tp 2] [--tokens 1 8 32 256 4096 16384] [--adapters 1 8] [--rank 16]
+
+Microseconds, medians, each in a CUDA graph after the second-level cache was emptied. Adapters are plain, of one rank, uniformly
+spread over the rows (in blocks above 64 rows, as in prefill), bfloat16.
+
+    floor     what has to be moved, at --bandwidth, and two launches of 2.5 us
+    ours      sgl_bdlora/kernels/separate.py
+    fused     what LoRA adds to the base product in sgl_bdlora/kernels/fused.py (up to 64 rows): with it less cuBLAS without
+    csgmv     SGLang's own LoRA kernels (not where sglang is not installed)
+    torch     sgl_bdlora/kernels/torch_ops.py
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.kernels.decode_step import graph_ms, shard
+from benchmarks.record import RESULTS, Rows
+from sgl_bdlora.kernels.batch import AdapterSet, Batch
+from sgl_bdlora.kernels.torch_ops import add_lora
+from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS, TritonOps
+from sgl_bdlora.memory_pool import MemoryPool
+from sgl_bdlora.sharding import HostLayer, HostSlice, Span
+
+# Hidden size, and outputs of q, k and v, gate at TP 1.
+MODELS = {"8b": (4096, 4096, 1024, 14336), "70b": (8192, 8192, 1024, 28672)}
+LAUNCH_US = 2.5
+
+
+def layers_of(model: str, tp: int) -> list[HostLayer]:
+    hidden, q, kv, inner = (MODELS[model][0], *(size // tp for size in MODELS[model][1:]))
+    shapes = {
+        "qkv": (hidden, (q, kv, kv)),
+        "o": (q, (hidden,)),
+        "gate_up": (hidden, (inner,) * 2),
+        "down": (inner, (hidden,)),
+    }
+    return [
+        HostLayer(
+            name,
+            "column",
+            tuple(HostSlice(f"{i}", Span.whole(k), Span.whole(n), sum(ns[:i])) for i, n in enumerate(ns)),
+        )
+        for name, (k, ns) in shapes.items()
+    ]
+
+
+def csgmv(host: HostLayer, owners: np.ndarray, adapters: int, rank: int) -> Callable | None:
+    """f(y, x) that adds random adapters of the same shapes by SGLang's kernels; None without sglang."""
+    try:
+        from sglang.srt.lora.backend.chunked_backend import ChunkedSgmvLoRABackend
+        from sglang.srt.lora.utils import LoRABatchInfo, merge_and_chunk_segments
+    except ImportError:
+        return None
+
+    class Arguments:
+        max_lora_chunk_size = 16
+
+    device, slices = torch.device("cuda"), host.slices
+    backend = ChunkedSgmvLoRABackend(adapters, device, Arguments())
+    order = np.argsort(owners, kind="stable").astype(np.int32)
+    chunk = backend._determine_chunk_size_for_tokens(len(owners))
+    indices, lengths = merge_and_chunk_segments(owners[order].tolist(), [1] * len(owners), chunk)
+
+    def on_device(values, dtype=torch.int32):
+        return torch.tensor(np.asarray(values), dtype=dtype, device=device)
+
+    backend.batch_info = LoRABatchInfo(
+        use_cuda_graph=False,
+        bs=len(owners),
+        num_segments=len(indices),
+        seg_indptr=on_device(np.cumsum([0, *lengths])),
+        weight_indices=on_device(indices),
+        lora_ranks=on_device([rank] * adapters),
+        scalings=on_device([1.0] * adapters, torch.float32),
+        max_len=chunk,
+        seg_lens=None,
+        permutation=on_device(order),
+    )
+    k, outputs = len(slices[0].inputs), [len(s.outputs) for s in slices]
+    a = torch.randn(adapters, len(slices) * rank, k, device=device, dtype=torch.bfloat16)
+    b = torch.randn(adapters, sum(outputs), rank, device=device, dtype=torch.bfloat16)
+    offsets = on_device(np.cumsum([0, *outputs]))
+
+    def run(y: torch.Tensor, x: torch.Tensor) -> None:
+        if len(slices) == 3:
+            backend.run_qkv_lora(x, a, b, offsets, max(outputs), base_output=y)
+        elif len(slices) == 2:
+            backend.run_gate_up_lora(x, a, b, offsets, base_output=y)
+        else:
+            backend.run_lora_b_sgemm(backend.run_lora_a_sgemm(x, a), b, offsets, base_output=y)
+
+    return run
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.shrink_expand",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", choices=list(MODELS), default="8b")
+    add("--tp", type=int, default=2, help="one rank of this many (default: 2)")
+    add("--tokens", type=int, nargs="+", default=[1, 8, 32, 256, 4096, 16384])
+    add("--adapters", type=int, nargs="+", default=[1, 8])
+    add("--rank", type=int, default=16, help="local rank (default: 16)")
+    add("--repeats", type=int, default=20)
+    add("--bandwidth", type=float, default=4.3, help="TB/s for the floor (default: 4.3, one H200)")
+    add("--output", type=Path)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU")
+    output = args.output or RESULTS / time.strftime("shrink-expand-%Y%m%dT%H%M%SZ.jsonl", time.gmtime())
+    rows = Rows(output, model=args.model, tp=args.tp, rank=args.rank)
+    layers = layers_of(args.model, args.tp)
+    shards = {f"{i}": shard(f"{i}", layers, args.rank) for i in range(max(args.adapters))}
+    pool = MemoryPool(sum(s.nbytes for s in shards.values()), torch.bfloat16, torch.device("cuda"), len(shards))
+    pool.ensure(shards)
+    residents = [pool.get(uid) for uid in shards]
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    ops = TritonOps(pool.arena, layers, len(shards), None).reserve(max(args.tokens), combines=False)
+    for tokens, count, host in itertools.product(args.tokens, args.adapters, layers):
+        if count > tokens:
+            continue
+        k, n = len(host.slices[0].inputs), sum(len(s.outputs) for s in host.slices)
+        owners = np.arange(tokens, dtype=np.int32) % count
+        if tokens > FUSED_TOKENS:
+            owners.sort()
+        x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
+        y = torch.zeros(tokens, n, device="cuda", dtype=torch.bfloat16)
+        weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+        batch = Batch(AdapterSet(residents[:count]), torch.from_numpy(owners).long().cuda())
+
+        def before(static: bool, count=count, owners=owners):
+            ops.set_batch(residents[:count], owners, static)
+            flush.zero_()
+
+        def timed(run: Callable[[], None], static: bool = True, before=before) -> float:
+            return 1e3 * graph_ms(run, lambda: before(static), args.repeats)
+
+        layer_bytes = 2 * (count * args.rank * (len(host.slices) * k + n) + x.numel() + 2 * y.numel())
+        row = {"floor": layer_bytes / (args.bandwidth * 1e6) + 2 * LAUNCH_US}
+        row["ours"] = timed(lambda y=y, x=x, host=host: ops.add_lora(y, x, host.path))
+        if tokens <= FUSED_TOKENS:
+            with_lora = timed(lambda x=x, w=weight, host=host: ops.linear(x, w, None, host.path))
+            row["fused"] = with_lora - timed(lambda x=x, w=weight: torch.mm(x, w.T))
+        stock = csgmv(host, owners, count, args.rank)
+        if stock is not None:
+            row["csgmv"] = timed(lambda y=y, x=x, stock=stock: stock(y, x))
+        row["torch"] = timed(lambda y=y, x=x, batch=batch, host=host: add_lora(y, x, batch, host.path, None))
+        rows.write(layer=host.path, tokens=tokens, adapters=count, **{f"{name}_us": us for name, us in row.items()})
+        times = "  ".join(f"{name} {us:8.1f}" for name, us in row.items())
+        print(f"{host.path:8s} {tokens:6d} tokens {count:3d} adapters  {times}", flush=True)
+    print(rows.path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
