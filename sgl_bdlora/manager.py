@@ -60,7 +60,9 @@ class BDLoRAManager(LoRAManager):
         self.memory_pool = MemoryPool(options.lora_pool_bytes, self.dtype, self.device, self.max_loras_per_batch)
         self.admission = Admission(self.memory_pool, self.shards, self._pinned)
         combines = self.sharding == "s-lora" and self.tp_size > 1
-        self.lora_backend.attach(self.memory_pool.arena, linear, combines)
+        # The default limit says nothing about the ranks that will come.
+        expected = self.max_lora_rank if self.max_lora_rank < config.DEFAULT_MAX_RANK else 0
+        self.lora_backend.attach(self.memory_pool.arena, linear, combines, expected)
 
         for ref in lora_paths or []:
             result = self.load_lora_adapter(ref)

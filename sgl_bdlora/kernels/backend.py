@@ -47,14 +47,16 @@ class BDLoRABackend(BaseLoRABackend):
         self._prefill_ops: TritonOps | None = None
         self._current: TritonOps | None = None
         self._combines = False
+        self._max_rank = 0
         self.collectives = TensorParallelCollectives()
 
-    def attach(self, arena: torch.Tensor, hosts: Sequence[HostLayer], combines: bool) -> None:
+    def attach(self, arena: torch.Tensor, hosts: Sequence[HostLayer], combines: bool, max_rank: int) -> None:
         """The pool's weights and the model's linear layers in the order of the forward pass; on a GPU Triton kernels compute them.
 
-        combines: whether adapters may have pieces that are put together over the ranks.
+        combines: whether adapters may have pieces that are put together over the ranks. max_rank: what graphs have to have room for
+        beside the adapters loaded at start.
         """
-        self._combines = combines
+        self._combines, self._max_rank = combines, max_rank
         if arena.device.type == "cuda":
             from sgl_bdlora.kernels.triton_ops import TritonOps
 
@@ -63,12 +65,12 @@ class BDLoRABackend(BaseLoRABackend):
     def init_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:
         """Before decode graphs are captured: buffers as large as the largest graph's batch."""
         if self._ops is not None:
-            self._ops = self._ops.reserve(max_bs_in_cuda_graph * num_tokens_per_req, self._combines)
+            self._ops = self._ops.reserve(max_bs_in_cuda_graph * num_tokens_per_req, self._combines, self._max_rank)
 
     def init_prefill_cuda_graph_batch_info(self, max_num_tokens: int) -> None:
         """The same before prefill graphs are captured."""
         if self._ops is not None:
-            self._prefill_ops = self._ops.reserve(max_num_tokens, combines=False)
+            self._prefill_ops = self._ops.reserve(max_num_tokens, combines=False, second_stream=False)
             self.prefill_cuda_graph_max_bs = self.prefill_cuda_graph_max_tokens = max_num_tokens
 
     def captures_decode_with_collectives(self) -> bool:

@@ -131,7 +131,8 @@ class TritonOps:
     Args:
         arena: the pool's weights. hosts: the model's linear layers, in the order of the forward pass. max_adapters: of a batch.
         collectives: over the ranks that share a layer; None where no adapter has pieces that are put together. max_tokens: rows of the
-        largest batch that a graph replays. What graphs read keeps its address for the life of the server.
+        largest batch that a graph replays. second_stream: shrink beside the base products; not in graphs that are captured in pieces,
+        where every piece would have to wait for it. What graphs read keeps its address for the life of the server.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class TritonOps:
         max_adapters: int,
         collectives: Collectives | None,
         max_tokens: int = FUSED_TOKENS,
+        second_stream: bool = True,
     ):
         self.plans = {host.path: plan_for(host) for host in hosts}
         self.index = LayerIndex([host for host in hosts if self.plans[host.path]])
@@ -158,7 +160,7 @@ class TritonOps:
         self._meta = self._static_meta
         # For two layers in turn: the shrink of one may start before the last tile of the other has read its h.
         self._words = torch.zeros(2, FUSED_TOKENS * MAX_SPLITS * SLICES * LIMIT, dtype=torch.int32, device=device)
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = torch.cuda.Stream(device) if second_stream and device.type == "cuda" else None
         self._forked = False
         self._static_h: torch.Tensor | None = None
         self._static_combined: torch.Tensor | None = None
@@ -170,10 +172,13 @@ class TritonOps:
         self._combining = False
         self._width = self._combined_width = 0
 
-    def reserve(self, max_tokens: int, combines: bool) -> "TritonOps":
-        """The same with what graphs of max_tokens rows need; combines: also those whose adapters are put together over the ranks."""
+    def reserve(self, max_tokens: int, combines: bool, max_rank: int = 0, second_stream: bool = True) -> "TritonOps":
+        """The same with what graphs of max_tokens rows need.
+
+        combines: also those whose adapters are put together over the ranks. max_rank: of such adapters that may be loaded later.
+        """
         collectives = self._collectives if combines else None
-        other = TritonOps(self._arena, self._hosts, self._max_adapters, collectives, max_tokens)
+        other = TritonOps(self._arena, self._hosts, self._max_adapters, collectives, max_tokens, second_stream)
         other._rows = self._rows
         arena, tokens = self._arena, other.max_tokens
         # Several parts of K only where they come to no more than this many rows (_splits).
@@ -181,7 +186,7 @@ class TritonOps:
         other._static_h = torch.zeros(rows * COLUMNS, dtype=torch.float32, device=arena.device)
         if other._collectives is not None:
             widths = [r.combined_width for r in self._rows.values() if r]
-            columns = _padded(max([COMBINED_COLUMNS, *widths]))
+            columns = _padded(max([COMBINED_COLUMNS, SLICES * max_rank, *widths]))
             other._static_combined = arena.new_zeros(len(self.index), tokens, columns)
         return other
 
@@ -353,6 +358,7 @@ class TritonOps:
         plan = self.plans[path]
         if plan is None:
             return
+        self._join()
         x_TK, layer = x_TK.contiguous(), self.index.number[path]
         if self._static or self._local.used:
             splits, tokens = _splits(plan, len(x_TK)), len(x_TK)
