@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PORT ?= 30000
+APP_PORT ?= 7860
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-all test-gpu lint format
@@ -22,8 +23,8 @@ $(STAMP): pyproject.toml
 	@UV=$$(command -v uv || echo $(VENV)/bin/uv); $$UV pip install --compile-bytecode --python $(PY) -e '.[dev]'
 	@touch $(STAMP)
 
-demo: $(STAMP) ## Serve the demo model with eight adapters, send a mixed batch, stay up
-	@$(PY) -m sgl_bdlora.demo --port $(PORT) $(DEMO)
+demo: $(STAMP) ## Serve the demo model with eight adapters, send a mixed batch, open the page
+	@$(PY) -m sgl_bdlora.demo --port $(PORT) --app-port $(APP_PORT) $(DEMO)
 
 test: $(STAMP) ## Run the default test suite
 	@$(PY) -m pytest -m "not slow and not gpu"

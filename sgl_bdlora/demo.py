@@ -2,12 +2,15 @@
 
 Starts `sgl_bdlora.launch_server` on 127.0.0.1 with the demo model (SmolLM2-135M-Instruct) and the adapters of
 examples/adapters, sends one batch in which the base model, block-diagonal and plain adapters run together, prints what each
-answered and how fast, and stays up until Ctrl-C.
+answered and how fast, opens the page of app/ beside it, and stays up until Ctrl-C.
+
+Plain adapters are served in S-LoRA's sharding, so that the page can compare it with the block-diagonal one in one engine.
 """
 
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -70,13 +73,13 @@ class DemoError(RuntimeError):
 
 
 def run(args: argparse.Namespace) -> int:
-    check_machine(args.port)
+    check_machine([args.port] if args.once else [args.port, args.app_port])
     adapters = load_adapters(args.adapters)
     model = args.model or ensure_demo_model()
     tp = args.tp or default_tp()
     log = Path(args.log).resolve()
     console.print(f"Starting the server: {model.name}, tensor parallelism {tp}, {len(adapters)} adapters (log: {log})")
-    server = start_server(model, tp, adapters, args.port, log)
+    server, page = start_server(model, tp, adapters, args.port, log), None
     try:
         wait_until_ready(server, args.port, log)
         requests = [Request(None, next(iter(adapters.values()))[1])]
@@ -88,7 +91,11 @@ def run(args: argparse.Namespace) -> int:
             return 0
         # Not through the console, which would break the command into lines.
         print(how_to_call(args.port, requests[1]), flush=True)
+        page = start_page(args.port, args.app_port)
         while server.poll() is None:
+            if page is not None and page.poll() is not None:
+                console.print(f"The page ended (exit code {page.returncode}); the server stays up.")
+                page = None
             time.sleep(0.5)
         raise DemoError(
             f"The server ended by itself (exit code {server.returncode}). The end of its log:\n{_tail(log)}"
@@ -97,17 +104,22 @@ def run(args: argparse.Namespace) -> int:
         console.print("Stopping.")
         return 0
     finally:
-        stop_server(server)
+        if page is not None:
+            stop(page)
+        stop(server)
 
 
-def check_machine(port: int) -> None:
+def check_machine(ports: list[int]) -> None:
     """Refuse early, with the way out, what would fail late."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise DemoError(f"Port {port} is in use. Choose another one: make demo PORT={port + 1}") from error
+    for port, variable in zip(ports, ("PORT", "APP_PORT"), strict=False):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise DemoError(
+                    f"Port {port} is in use. Choose another one: make demo {variable}={port + 1}"
+                ) from error
     cores = len(os.sched_getaffinity(0))
     if cores < 2 and not _gpus():
         raise DemoError(f"The demo needs 2 CPU cores or a GPU; this process may use {cores} core.")
@@ -141,6 +153,7 @@ def start_server(model: Path, tp: int, adapters: dict, port: int, log: Path) -> 
     if not _gpus():
         # On CPUs without bfloat16 units float32 decodes about a fifth faster.
         command += ["--dtype", "float32"]
+    command += ["--lora-sharding", "s-lora"]
     command += ["--lora-paths", *(f"{name}={adapter.source}" for name, (adapter, _) in adapters.items())]
     with log.open("w") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
@@ -242,14 +255,24 @@ def how_to_call(port: int, example: Request) -> str:
     )
 
 
-def stop_server(server: subprocess.Popen) -> None:
-    """Let the server end its processes itself; what is left after that goes with its session."""
-    server.terminate()
+def start_page(port: int, app_port: int) -> subprocess.Popen | None:
+    """Start the page for the server, which prints its address when it is up; None where it is not installed."""
+    if importlib.util.find_spec("gradio") is None or importlib.util.find_spec("app") is None:
+        print("For the page that compares the shardings live, run from a checkout with: pip install -e '.[app]'")
+        return None
+    command = [sys.executable, "-m", "app", "--server", f"http://127.0.0.1:{port}", "--port", str(app_port)]
+    # Of its own session, so that Ctrl-C reaches it through us only.
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Let it end its processes itself; what is left after that goes with its session."""
+    process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        server.wait(20)
+        process.wait(20)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait(10)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
 
 
 def _gpus() -> int:
@@ -276,7 +299,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="model folder instead of the demo model")
     parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder with index.json and adapters")
     parser.add_argument("--log", default="demo-server.log", help="file for the server's log")
-    parser.add_argument("--once", action="store_true", help="stop after the batch instead of staying up")
+    parser.add_argument("--app-port", type=int, default=7860, help="port of the page on 127.0.0.1 (default: 7860)")
+    parser.add_argument("--once", action="store_true", help="stop after the batch: no page, nothing stays up")
     return parser
 
 

@@ -1,11 +1,13 @@
 """GET /bdlora/info says what is loaded, and its bytes are those of the sharding formulas."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from servers import LLAMA, QWEN3, S_LORA, on
 
+import sgl_bdlora
 from sgl_bdlora.adapters import read_adapter
 
 
@@ -54,6 +56,53 @@ def test_bytes_per_rank_are_the_formulas(live):
         assert entry["host_bytes"] == [4 * expected] * 2
         leaves = {path.rpartition(".")[2] for path in adapter.modules}
         assert all(ranks.keys() == leaves for ranks in entry["local_ranks"])
+
+
+@on(LLAMA, S_LORA)
+def test_other_shardings_are_costed_for_plain_adapters_of_the_same_rank(live):
+    """Per rank at TP 2, 4 bytes a parameter: S-LoRA halves everything, replicated only one factor of each module."""
+    for recipe in ("plain-r32", "bd2-r8"):
+        live.ensure(recipe)
+        adapter = read_adapter(live.folder(recipe), recipe)
+        entry = next(a for a in info(live)["adapters"] if a["name"] == recipe)
+        replicated = s_lora = 0
+        for path, m in adapter.modules.items():
+            a, b = m.rank * m.in_features, m.rank * m.out_features
+            s_lora += (a + b) // 2
+            replicated += (a // 2 + b) if path.endswith(("o_proj", "down_proj")) else (a + b // 2)
+        assert entry["plain_bytes"] == {"replicated": [4 * replicated] * 2, "s-lora": [4 * s_lora] * 2}
+        stored = [f.tensor.shape for m in adapter.modules.values() for f in (m.a, m.b)]
+        assert entry["parameters"] == sum(rows * columns for rows, columns in stored)
+        if recipe == "plain-r32":
+            assert (
+                entry["host_bytes"]
+                == entry["plain_bytes"][live.served.arguments[1] if live.served == S_LORA else "replicated"]
+            )
+
+
+@on(LLAMA)
+def test_the_model_and_the_machine_are_described(live):
+    state = info(live)
+    model = json.loads((live.oracle.model_dir / "config.json").read_text())
+    layers = {layer["name"]: layer for layer in state["model_layers"]}
+    assert {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"} <= layers.keys()
+    for name, parallelism in (
+        ("qkv_proj", "column"),
+        ("o_proj", "row"),
+        ("gate_up_proj", "column"),
+        ("down_proj", "row"),
+    ):
+        assert (layers[name]["parallelism"], layers[name]["count"]) == (parallelism, model["num_hidden_layers"])
+    down = {"name": "down_proj", "inputs": model["intermediate_size"], "outputs": model["hidden_size"]}
+    assert layers["down_proj"]["slices"] == [
+        {**down, "local_inputs": model["intermediate_size"] // 2, "local_outputs": model["hidden_size"]}
+    ]
+    assert [s["name"] for s in layers["qkv_proj"]["slices"]] == ["q_proj", "k_proj", "v_proj"]
+    assert state["dtype"] == "float32"
+    assert state["origin"]["version"] == sgl_bdlora.__version__
+    assert state["origin"]["name"]
+    assert state["origin"]["cores"] > 0
+    assert state["prompt_format"] == "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @on(LLAMA)

@@ -1,0 +1,1 @@
+"""The pages; each module's `build` makes its components and wires its events."""
