@@ -4,15 +4,16 @@
 
 Some programs of the launch compute h, the others a tile of x w^T each, which waits for the tags of its h. Variants are where those
 programs stand in the grid (blocks start in that order, and those that start first push others together on the remaining
-multiprocessors), how many they are, in how many parts they cut K, whether B is read before the product, and whether a layer's programs
-bring the next layer's A into the second-level cache. One tensor-parallel rank of Llama-3.1-8B as in decode_step; cuBLAS without LoRA and
-what is served run beside them. Milliseconds are medians.
+multiprocessors; "beside": in a launch of their own on a second stream, as served), how many they are, in how many parts they cut K,
+whether B is read before the product, and whether a layer's programs bring the next layer's A into the second-level cache. One
+tensor-parallel rank of Llama-3.1-8B as in decode_step; cuBLAS without LoRA and what is served run beside them. Milliseconds are medians.
 """
 
 import argparse
 import itertools
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import triton.language as tl
 
 from benchmarks.kernels.decode_step import graph_ms, hosts, shard
 from benchmarks.record import RESULTS, Rows
+from sgl_bdlora.kernels import triton_ops
 from sgl_bdlora.kernels.fused import (
     A_FIELD,
     OWNER_FIELD,
@@ -39,6 +41,7 @@ from sgl_bdlora.kernels.triton_ops import LIMIT, ROWS, SHRINK_ROWS, TritonOps, _
 from sgl_bdlora.memory_pool import MemoryPool
 
 _FIELDS = tl.constexpr(5)
+PLACES = ("beside", "first", "wave", "last")
 
 
 @triton.jit
@@ -143,7 +146,10 @@ def one_launch_kernel(
 
 
 class OneLaunch:
-    """The launches of a variant. place: "first", "last", or "wave" (after one tile for each multiprocessor)."""
+    """The launches of a variant.
+
+    place: "first", "last", "wave" (after one tile for each multiprocessor) or "beside". programs: beside, for each slice and part of K.
+    """
 
     def __init__(self, ops: TritonOps, programs: int, place: str, splits: int, early_b: bool, prefetch: bool):
         self.ops = ops
@@ -158,19 +164,29 @@ class OneLaunch:
         following = (layer + 1) % len(ops.index)
         block_t = max(16, triton.next_power_of_2(len(x_TK)))
         tiles = plan.outputs // plan.block_n
-        ahead = {"first": 0, "wave": min(tiles, self.multiprocessors), "last": tiles}[self.place]
+        ahead = {"first": 0, "wave": min(tiles, self.multiprocessors)}.get(self.place, tiles)
         splits = max(n for n in range(1, self.splits + 1) if plan.inputs % (n * 16) == 0)
+        words, programs = ops._words[0], self.programs
+        if self.place == "beside":
+            words, programs = ops._words[layer % 2], 0
+            plan = replace(plan, splits=splits)
+            triton_ops.SHRINK_PROGRAMS = self.programs
+            ops._side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(ops._side):
+                ops._shrink_beside(x_TK, words, plan, layer, block_t)
         y_TN = x_TK.new_empty(len(x_TK), plan.outputs)
-        one_launch_kernel[(self.programs + tiles,)](
+        one_launch_kernel[(programs + tiles,)](
             x_TK, w_NK, y_TN, ops._arena, ops._local.rows[layer], ops._local.rows[following], ops._meta, ops._meta[2:],
-            ops._words, layer, len(x_TK), plan.outputs, plan.inputs, *plan.ends, ahead,
+            words, layer, len(x_TK), plan.outputs, plan.inputs, *plan.ends, ahead,
             LIMIT=LIMIT, SLICES=plan.slices, NEXT_SLICES=ops.plans[ops.index.paths[following]].slices, SPLITS=splits,
-            PROGRAMS=self.programs, BT=block_t, BN=plan.block_n,
+            PROGRAMS=programs, BT=block_t, BN=plan.block_n,
             BK=plan.block_k if block_t <= 32 else min(plan.block_k, 128),
             BR=max(16, min(ROWS, 2048 // (block_t * splits))), SHRINK_BR=SHRINK_ROWS,
             SHRINK_BK=_divisor(256 * 16 // block_t, plan.inputs // splits),
             EARLY_B=self.early_b, PREFETCH=self.prefetch, num_warps=4, num_stages=4,
         )  # fmt: skip
+        if self.place == "beside" and layer == len(ops.index) - 1:
+            torch.cuda.current_stream().wait_stream(ops._side)
         return y_TN
 
 
@@ -185,9 +201,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--tokens", type=int, nargs="+", default=[1, 8, 32])
     add("--adapters", type=int, nargs="+", default=[1, 4])
     add("--rank", type=int, default=12, help="local rank (default: 12)")
-    add("--programs", type=int, nargs="+", default=[18, 36, 132])
+    add("--programs", type=int, nargs="+", default=[4, 16, 36, 132])
     add("--splits", type=int, nargs="+", default=[2, 4])
-    add("--places", nargs="+", default=["first", "wave", "last"], choices=("first", "wave", "last"))
+    add("--places", nargs="+", default=list(PLACES), choices=PLACES)
     add("--repeats", type=int, default=40)
     add("--output", type=Path)
     args = parser.parse_args(argv)
@@ -203,8 +219,13 @@ def main(argv: list[str] | None = None) -> int:
     sizes = [(sum(len(s.outputs) for s in host.slices), len(host.slices[0].inputs)) for host in layers]
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for n, k in sizes]
     paths = [host.path for host in layers]
-    variants = itertools.product(args.places, args.programs, args.splits, (False, True), (False, True))
-    variants = [None, *variants]
+    served_programs = triton_ops.SHRINK_PROGRAMS
+    variants = [None]
+    for variant in itertools.product(args.places, args.programs, args.splits, (False, True), (False, True)):
+        beside, prefetch = variant[0] == "beside", variant[-1]
+        if (beside and variant[1] > 16) or (not beside and variant[1] < 16) or (beside and prefetch):
+            continue
+        variants.append(variant)
     for tokens, count in itertools.product(args.tokens, args.adapters):
         if count > tokens:
             continue
@@ -219,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         cublas = graph_ms(lambda run=run: run(lambda x, w, path: torch.mm(x, w.T)), capture, args.repeats)
         print(f"{tokens} tokens, {count} adapters: cuBLAS {cublas:.3f} ms", flush=True)
         for variant in variants:
+            triton_ops.SHRINK_PROGRAMS = served_programs
             one = None if variant is None else OneLaunch(ops, variant[1], variant[0], *variant[2:])
             linear = one.linear if one else lambda x, w, path: ops.linear(x, w, None, path)
             ms = graph_ms(lambda run=run, linear=linear: run(linear), capture, args.repeats)
