@@ -22,50 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.kernels.shapes import hosts, shard
 from benchmarks.record import RESULTS, Rows
 from sgl_bdlora.kernels import triton_ops as kernels
 from sgl_bdlora.memory_pool import MemoryPool
-from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
 
 LAYERS = 32
-# Inputs and outputs of each slice at TP 1; the split side is divided by TP.
-COLUMN = {"qkv_proj": (4096, (4096, 1024, 1024)), "gate_up_proj": (4096, (14336, 14336))}
-ROW = {"o_proj": (4096, 4096), "down_proj": (14336, 4096)}
-ORDER = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-
-
-def hosts(tp: int) -> list[HostLayer]:
-    made = []
-    for i in range(LAYERS):
-        for leaf in ORDER:
-            if leaf in COLUMN:
-                inputs, outputs = COLUMN[leaf][0], [size // tp for size in COLUMN[leaf][1]]
-            else:
-                inputs, outputs = ROW[leaf][0] // tp, [ROW[leaf][1]]
-            slices = [
-                HostSlice(f"{leaf}.{s}", Span.whole(inputs), Span.whole(size), sum(outputs[:s]))
-                for s, size in enumerate(outputs)
-            ]
-            made.append(HostLayer(f"layers.{i}.{leaf}", "column", tuple(slices)))
-    return made
-
-
-def shard(name: str, layers: list[HostLayer], rank: int) -> AdapterShard:
-    """An adapter on all layers with local rank `rank`."""
-    layouts, offsets, total = {}, {}, 0
-    whole = Span.whole(rank)
-    for host in layers:
-        inputs, made = host.slices[0].inputs, []
-        offset = rank * len(host.slices) * len(inputs)
-        for i, s in enumerate(host.slices):
-            piece = PieceLayout("none", whole, whole, inputs, s.outputs)
-            made.append(SliceLayout(s.name, piece, 1.0, i * rank, offset, s.y_start))
-            offset += rank * len(s.outputs)
-        layouts[host.path] = LayerLayout(tuple(made), rank * len(host.slices), len(inputs), offset)
-        offsets[host.path] = total
-        total += offset
-    weights = (torch.randn(total) * 0.02).to(torch.bfloat16).pin_memory()
-    return AdapterShard(name, "plain", rank, 1, layouts, offsets, weights)
 
 
 def graph_ms(run, before, repeats: int) -> float:
@@ -111,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("needs an NVIDIA GPU")
     rows = Rows(args.output or RESULTS / time.strftime("decode-step-%Y%m%dT%H%M%SZ.jsonl", time.gmtime()), tp=args.tp)
 
-    layers = hosts(args.tp)
+    layers = hosts("8b", args.tp, LAYERS)
     shards = {f"{i}": shard(f"{i}", layers, args.rank) for i in range(max(args.adapters))}
     budget = sum(s.nbytes for s in shards.values())
     pool = MemoryPool(budget, torch.bfloat16, torch.device("cuda"), len(shards))

@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.kernels.decode_step import graph_ms, hosts, shard
+from benchmarks.kernels.decode_step import LAYERS, graph_ms
+from benchmarks.kernels.shapes import hosts, shard
 from benchmarks.record import RESULTS, Rows
 from sgl_bdlora.kernels import triton_ops
 from sgl_bdlora.kernels.fused import (
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("needs an NVIDIA GPU")
     rows = Rows(args.output or RESULTS / time.strftime("one-launch-%Y%m%dT%H%M%SZ.jsonl", time.gmtime()), tp=args.tp)
-    layers = hosts(args.tp)
+    layers = hosts("8b", args.tp, LAYERS)
     shards = {f"{i}": shard(f"{i}", layers, args.rank) for i in range(max(args.adapters))}
     pool = MemoryPool(sum(s.nbytes for s in shards.values()), torch.bfloat16, torch.device("cuda"), len(shards))
     pool.ensure(shards)

@@ -22,35 +22,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.kernels.decode_step import graph_ms, shard
+from benchmarks.kernels.decode_step import graph_ms
+from benchmarks.kernels.shapes import MODELS, hosts, shard
 from benchmarks.record import RESULTS, Rows
 from sgl_bdlora.kernels.batch import AdapterSet, Batch
 from sgl_bdlora.kernels.torch_ops import add_lora
 from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS, TritonOps
 from sgl_bdlora.memory_pool import MemoryPool
-from sgl_bdlora.sharding import HostLayer, HostSlice, Span
+from sgl_bdlora.sharding import HostLayer
 
-# Hidden size, and outputs of q, k and v, gate at TP 1.
-MODELS = {"8b": (4096, 4096, 1024, 14336), "70b": (8192, 8192, 1024, 28672)}
 LAUNCH_US = 2.5
-
-
-def layers_of(model: str, tp: int) -> list[HostLayer]:
-    hidden, q, kv, inner = (MODELS[model][0], *(size // tp for size in MODELS[model][1:]))
-    shapes = {
-        "qkv": (hidden, (q, kv, kv)),
-        "o": (q, (hidden,)),
-        "gate_up": (hidden, (inner,) * 2),
-        "down": (inner, (hidden,)),
-    }
-    return [
-        HostLayer(
-            name,
-            "column",
-            tuple(HostSlice(f"{i}", Span.whole(k), Span.whole(n), sum(ns[:i])) for i, n in enumerate(ns)),
-        )
-        for name, (k, ns) in shapes.items()
-    ]
 
 
 def csgmv(host: HostLayer, owners: np.ndarray, adapters: int, rank: int) -> Callable | None:
@@ -121,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("needs an NVIDIA GPU")
     output = args.output or RESULTS / time.strftime("shrink-expand-%Y%m%dT%H%M%SZ.jsonl", time.gmtime())
     rows = Rows(output, model=args.model, tp=args.tp, rank=args.rank)
-    layers = layers_of(args.model, args.tp)
+    layers = hosts(args.model, args.tp, 1)
     shards = {f"{i}": shard(f"{i}", layers, args.rank) for i in range(max(args.adapters))}
     pool = MemoryPool(sum(s.nbytes for s in shards.values()), torch.bfloat16, torch.device("cuda"), len(shards))
     pool.ensure(shards)
@@ -159,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         row["torch"] = timed(lambda y=y, x=x, batch=batch, host=host: add_lora(y, x, batch, host.path, None))
         rows.write(layer=host.path, tokens=tokens, adapters=count, **{f"{name}_us": us for name, us in row.items()})
         times = "  ".join(f"{name} {us:8.1f}" for name, us in row.items())
-        print(f"{host.path:8s} {tokens:6d} tokens {count:3d} adapters  {times}", flush=True)
+        print(f"{host.path:22s} {tokens:6d} tokens {count:3d} adapters  {times}", flush=True)
     print(rows.path)
     return 0
 

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.kernels.shapes import MODELS, hosts, shard
 from sgl_bdlora.kernels.triton_ops import TritonOps
 from sgl_bdlora.memory_pool import MemoryPool
-from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
+from sgl_bdlora.sharding import AdapterShard, HostLayer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="real shapes take too long without a GPU")
 
-# Hidden size, heads x head size of q and of k and v, intermediate size.
-MODELS = {"8b": (4096, 4096, 1024, 14336), "70b": (8192, 8192, 1024, 28672)}
 # Name -> local rank, blocks of the column layers' B and of the row layers' A.
 ADAPTERS = {"eight": (8, 1), "sixteen": (16, 1), "large": (128, 1), "four blocks": (12, 4)}
 OWNERS = {
@@ -24,49 +23,12 @@ OWNERS = {
 }
 
 
-def hosts(model: str, tp: int) -> list[HostLayer]:
-    hidden, q, kv, inner = (MODELS[model][0], *(size // tp for size in MODELS[model][1:]))
-    shapes = {
-        "qkv": (hidden, (q, kv, kv)),
-        "o": (q, (hidden,)),
-        "gate_up": (hidden, (inner, inner)),
-        "down": (inner, (hidden,)),
-    }
-    return [
-        HostLayer(
-            name,
-            "column",
-            tuple(HostSlice(f"{i}", Span.whole(k), Span.whole(n), sum(ns[:i])) for i, n in enumerate(ns)),
-        )
-        for name, (k, ns) in shapes.items()
-    ]
-
-
-def shard(name: str, layers: list[HostLayer], dtype: torch.dtype) -> AdapterShard:
-    rank, blocks = ADAPTERS[name]
-    layouts, offsets, total = {}, {}, 0
-    whole = Span.whole(rank)
-    for host in layers:
-        k, row = host.slices[0].inputs, host.path in ("o", "down")
-        blocks_a, blocks_b = (blocks, 1) if row else (1, blocks)
-        offset, made = rank * len(host.slices) * len(k) // blocks_a, []
-        for i, s in enumerate(host.slices):
-            piece = PieceLayout("none", whole, whole, k, s.outputs, blocks_a, blocks_b)
-            made.append(SliceLayout(s.name, piece, 0.5 + i, i * rank, offset, s.y_start))
-            offset += rank * len(s.outputs) // blocks_b
-        layouts[host.path] = LayerLayout(tuple(made), rank * len(host.slices), len(k) // blocks_a, offset)
-        offsets[host.path] = total
-        total += offset
-    weights = torch.randn(total, generator=torch.Generator().manual_seed(rank)) * 0.02
-    return AdapterShard(name, "plain", rank, 1, layouts, offsets, weights.to(dtype))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize("model", MODELS)
 def test_real_shapes(device, model, tp, dtype):
-    layers = hosts(model, tp)
-    shards = {name: shard(name, layers, dtype) for name in ADAPTERS}
+    layers = hosts(model, tp, 1)
+    shards = {name: shard(name, layers, *ADAPTERS[name], dtype) for name in ADAPTERS}
     pool = MemoryPool(sum(s.nbytes for s in shards.values()), dtype, device, len(shards))
     pool.ensure(shards)
     ops = TritonOps(pool.arena, layers, len(shards), None).reserve(512, combines=False)
