@@ -1,0 +1,217 @@
+"""The runs: a learning-rate sweep, the comparison, and the time of one pass for all adapters. Each unit can be done on its own.
+
+sweep/TASK        plain and block-diagonal (4 blocks) at several learning rates and both starts, on the validation rows
+main/TASK/SEED    every arm trained in one pass, then conversions of its LoRA, before and after healing; on the test rows
+base/TASK         the model without an adapter
+speed/TASK        seconds a step of all arms in one pass, and one after another
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality import data, learn
+from benchmarks.quality.arms import Arm, arms_of
+from benchmarks.quality.bank import Bank
+from benchmarks.quality.weights import load_model
+from benchmarks.record import Rows as RowFile
+from benchmarks.record import read_rows
+from sgl_bdlora.adapters.model import read_model
+
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+SWEEP_SEED = 100
+CONVERTED_GOALS = (1.0, 1.74)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run and how long. rank: of the plain LoRA. together: adapters in one pass. test: rows, None for all of them."""
+
+    rank: int = 30
+    nblocks: tuple[int, ...] = (2, 4, 8)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    steps: int = 200
+    heal_steps: int = 50
+    batch: int = 16
+    test: int | None = None
+    together: int = 12
+    rates: tuple[float, ...] = RATES
+    lr: float = 1e-3
+
+
+QUICK = Plan(
+    rank=4, nblocks=(2,), seeds=(0, 1), steps=4, heal_steps=2, batch=2, test=16, together=4, rates=(1e-3, 2e-3)
+)
+
+
+class Quality:
+    """One prepared folder, one file of rows."""
+
+    def __init__(self, folder: Path, output: Path, plan: Plan, device: str, resume: bool = False):
+        self.folder, self.plan = folder, plan
+        self.device = torch.device(device)
+        torch.set_float32_matmul_precision("high")
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        base = read_model(folder)
+        self.model_name = folder.name
+        self.layers = base.linear_layers()
+        self.model = load_model(folder, self.device, dtype)
+        self.arms = arms_of(self.layers, plan.rank, plan.nblocks)
+        self.earlier = read_rows(output) if resume and output.exists() else []
+        self.rows = RowFile(output, benchmark="quality", model=folder.name, dtype=str(dtype).removeprefix("torch."))
+
+    def units(self) -> dict[str, Callable[[str], None]]:
+        """By name, in the order in which they have to run: the comparison takes its learning rates from the sweep's rows."""
+        tasks, found = data.tasks_in(self.folder), {}
+        found |= {f"sweep/{task}": lambda unit, task=task: self._sweep(unit, task) for task in tasks}
+        found |= {f"speed/{task}": lambda unit, task=task: self._speed(unit, task) for task in tasks[:1]}
+        found |= {f"base/{task}": lambda unit, task=task: self._base(unit, task) for task in tasks}
+        for seed in self.plan.seeds:
+            found |= {
+                f"main/{task}/{seed}": lambda unit, task=task, seed=seed: self._main(unit, task, seed) for task in tasks
+            }
+        return found
+
+    def run(self, only: Sequence[str] = (), minutes: float | None = None) -> list[str]:
+        """Run what is selected and not done; returns the names of units left over when the minutes are nearly up."""
+        done = {(row["model"], row["unit"]) for row in self.earlier if row["kind"] == "done"}
+        wanted = {
+            name: unit
+            for name, unit in self.units().items()
+            if (self.model_name, name) not in done and (not only or any(fnmatch.fnmatch(name, p) for p in only))
+        }
+        begin, longest, names = time.monotonic(), 0.0, list(wanted)
+        for place, name in enumerate(names):
+            start = time.monotonic()
+            if minutes is not None and place and start - begin + 1.2 * longest > 60 * minutes:
+                print(f"{minutes:g} minutes are nearly up; left: {' '.join(names[place:])}", flush=True)
+                return names[place:]
+            wanted[name](name)
+            seconds = time.monotonic() - start
+            longest = max(longest, seconds)
+            self._write(kind="done", unit=name, seconds=round(seconds, 2))
+            print(f"{name}: {seconds:.1f} s", flush=True)
+        return []
+
+    def _write(self, **fields) -> None:
+        self.earlier.append(self.rows.write(**fields))
+
+    def _part(self, task: str, name: str) -> data.Rows:
+        rows = data.load(self.folder, task)[name].to(self.device)
+        if self.plan.test is None or name == "train":
+            return rows
+        return rows.take(torch.arange(min(self.plan.test, len(rows)), device=self.device))
+
+    def _batches(self, task: str, steps: int, seed: int):
+        rows = data.load(self.folder, task)["train"]
+        return (batch.to(self.device) for batch in data.batches(rows, steps, self.plan.batch, seed))
+
+    def _passes(self, arms: list[Arm], task: str, seed: int):
+        """Trained banks of at most `together` arms each; all arms see the same batches."""
+        arms = sorted(arms, key=lambda arm: arm.nblocks)
+        for at in range(0, len(arms), self.plan.together):
+            bank = Bank(self.model, self.layers, arms[at : at + self.plan.together], seed)
+            batches = self._batches(task, self.plan.steps, seed)
+            yield bank, learn.train(self.model, bank, batches, self.plan.steps)
+
+    def _sweep(self, unit: str, task: str) -> None:
+        plain = self.arms[0]
+        blocked = next((arm for arm in self.arms if arm.nblocks == 4 and arm.goal == 1.0), None)
+        blocked = blocked or next((arm for arm in self.arms if arm.goal == 1.0 and arm.nblocks > 1), None)
+        wanted = [(plain, "peft")] + ([(blocked, "peft"), (blocked, "lora")] if blocked else [])
+        arms = [replace(arm, lr=lr, init=init) for arm, init in wanted for lr in self.plan.rates]
+        rows = self._part(task, "validation")
+        for bank, _ in self._passes(arms, task, SWEEP_SEED):
+            for arm, score in zip(bank.arms, learn.score(self.model, bank, rows, 2 * self.plan.batch), strict=True):
+                self._result("sweep", unit, task, SWEEP_SEED, arm, "trained", score, lr=arm.lr, init=arm.init)
+
+    def _base(self, unit: str, task: str) -> None:
+        arm = Arm(0, 0, 0.0, 0.0)
+        score = learn.score(self.model, None, self._part(task, "test"), 16 * self.plan.batch)[0]
+        self._result("result", unit, task, None, arm, "base", score)
+
+    def _main(self, unit: str, task: str, seed: int) -> None:
+        plan, test = self.plan, self._part(task, "test")
+        rates = {kind: self.chosen_rate(task, kind) for kind in ("lora", "bd")}
+        arms = [replace(arm, lr=rates["lora" if arm.nblocks == 1 else "bd"]) for arm in self.arms]
+        plain = None
+        for bank, losses in self._passes(arms, task, seed):
+            scores = learn.score(self.model, bank, test, 2 * plan.batch)
+            for index, (arm, score) in enumerate(zip(bank.arms, scores, strict=True)):
+                if arm.nblocks == 1:
+                    plain = bank.get(index)
+                self._result("result", unit, task, seed, arm, "trained", score, lr=arm.lr, loss=float(losses[index]))
+        heal_rate = rates["bd"] / 2
+        chosen = [replace(arm, lr=heal_rate) for arm in arms if arm.nblocks > 1 and arm.goal in CONVERTED_GOALS]
+        if not chosen:
+            return
+        teacher, students = Bank(self.model, self.layers, arms[:1]), Bank(self.model, self.layers, chosen)
+        teacher.put(0, plain)
+        with learn.one_thread(), ThreadPoolExecutor() as pool:
+            fits = list(pool.map(lambda arm: learn.convert(students, plain, arm.nblocks, arm.rank), students.arms))
+        for index, (fitted, _) in enumerate(fits):
+            students.put(index, fitted)
+        for variant in ("converted", "healed"):
+            if variant == "healed":
+                batches = self._batches(task, plan.heal_steps, seed + 1000)
+                learn.heal(self.model, students, teacher, batches, plan.heal_steps)
+            scores = learn.score(self.model, students, test, 2 * plan.batch)
+            for arm, (_, error), score in zip(students.arms, fits, scores, strict=True):
+                self._result("result", unit, task, seed, arm, variant, score, relative_error=round(error, 5))
+
+    def _speed(self, unit: str, task: str) -> None:
+        steps = max(3, self.plan.steps // 20)
+
+        def seconds(arms: list[Arm]) -> float:
+            bank = Bank(self.model, self.layers, arms)
+            learn.train(self.model, bank, self._batches(task, 2, 0), steps)
+            begin = self._now()
+            learn.train(self.model, bank, self._batches(task, steps, 0), steps)
+            return (self._now() - begin) / steps
+
+        arms = self.arms[: self.plan.together]
+        together, alone = seconds(arms), sum(seconds([arm]) for arm in arms)
+        self._write(
+            kind="speed", unit=unit, task=task, adapters=len(arms), batch=self.plan.batch,
+            together_s=together, one_after_another_s=alone, speed_up=alone / together,
+        )  # fmt: skip
+        print(
+            f"  {len(arms)} adapters: {together:.3f} s a step in one pass, {alone:.3f} s one after another", flush=True
+        )
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def chosen_rate(self, task: str, kind: str) -> float:
+        """The learning rate with the lowest validation loss in the sweep's rows, under PEFT's start; the plan's if there are none."""
+        rows = [
+            row for row in self.earlier
+            if row["kind"] == "sweep" and row["task"] == task and row["model"] == self.model_name and row["init"] == "peft"
+            and (row["nblocks"] == 1) == (kind == "lora")
+        ]  # fmt: skip
+        return min(rows, key=lambda row: row["text_loss"] + row["label_loss"])["lr"] if rows else self.plan.lr
+
+    def _result(
+        self, kind: str, unit: str, task: str, seed, arm: Arm, variant: str, score: learn.Score, **more
+    ) -> None:
+        bits = "".join("01"[hit] for hit in score.correct)
+        self._write(
+            kind=kind, unit=unit, task=task, seed=seed, variant=variant,
+            arm="base" if variant == "base" else arm.name, nblocks=arm.nblocks, rank=arm.rank, goal=arm.goal,
+            params_ratio=round(arm.ratio, 4), steps=self.plan.steps, batch=self.plan.batch, perplexity=score.perplexity,
+            text_loss=_log(score.perplexity), accuracy=score.accuracy, label_loss=score.label_loss, rows=len(bits),
+            correct=f"{int(bits, 2):x}", **more,
+        )  # fmt: skip
+
+
+def _log(perplexity: float) -> float:
+    return float(torch.tensor(perplexity, dtype=torch.float64).log())

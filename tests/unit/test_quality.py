@@ -1,0 +1,320 @@
+"""The quality benchmark: its adapters are PEFT's, one pass for many equals one after another, its figures are what they say."""
+
+import dataclasses
+import json
+import math
+import random
+import statistics
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.quality import data, learn, tasks, weights
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.arms import Arm, arms_of
+from benchmarks.quality.bank import Bank
+from benchmarks.quality.report import tables
+from benchmarks.quality.run import QUICK
+from benchmarks.quality.save import save
+from benchmarks.quality.stats import bits, interval, over_rows
+from benchmarks.record import read_rows
+from sgl_bdlora.adapters import read_adapter
+from sgl_bdlora.adapters.__main__ import main as adapters_command
+from sgl_bdlora.adapters.dense import dense_form
+from sgl_bdlora.adapters.model import read_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:grad and param do not obey")
+ARMS = [Arm(1, 4, 1.0, 1.0), Arm(2, 8, 1.0, 1.0), Arm(2, 4, 0.87, 0.87), Arm(4, 8, 1.0, 1.0)]
+WORDS = ["fox", "dog", "quick", "lazy", "price", "name", "capital", "France", "score", "rank"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products this small only wait for each other's threads
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(zoo):
+    return zoo.model("llama")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def layers(folder):
+    return read_model(folder).linear_layers()
+
+
+@pytest.fixture(scope="module")
+def parts(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rng = random.Random(0)
+    texts = [(" ".join(rng.choices(WORDS, k=rng.randint(3, 9))), i % 2) for i in range(60)]
+    # Bytes are the tiny tokenizer's whole vocabulary of classes: two single, different tokens.
+    return {
+        name: _encode(tokenizer, rows)
+        for name, rows in {"train": texts[:40], "validation": texts[40:48], "test": texts[48:]}.items()
+    }
+
+
+def _encode(tokenizer, rows):
+    class Bytes:
+        bos_token_id, eos_token_id = 1, 2
+
+        def __call__(self, text, **options):
+            made = tokenizer(text, **options)
+            made["input_ids"] = made["input_ids"][-1:] if text in (" no", " yes") else made["input_ids"]
+            return made
+
+    return data.encode(Bytes(), rows, " ?", ("no", "yes"), 12)
+
+
+def filled(model, layers, arms=ARMS, seed=0):
+    """A bank whose B is not zero."""
+    bank, noise = Bank(model, layers, arms, seed), torch.Generator().manual_seed(seed)
+    for i in range(len(bank.arms)):
+        bank.put(i, {p: (a, 0.05 * torch.randn(b.shape, generator=noise)) for p, (a, b) in bank.get(i).items()})
+    return bank
+
+
+def test_adapters_answer_as_in_peft(model, layers, parts, folder, tmp_path):
+    """Of different ranks in one pass, one of them filled up with zeros."""
+    bank, rows = filled(model, layers), parts["test"].take(torch.arange(3))
+    with torch.no_grad(), bank.on():
+        ours = model(input_ids=rows.ids.repeat(4, 1)).logits.view(4, 3, rows.ids.shape[1], -1)
+    plain = model(input_ids=rows.ids).logits
+    for i, arm in enumerate(bank.arms):
+        save(bank, i, tmp_path / str(i))
+        assert adapters_command(["validate", str(tmp_path / str(i)), "--model", str(folder), "--tp", "2"]) == 0
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            theirs = PeftModel.from_pretrained(base, str(tmp_path / str(i)))(input_ids=rows.ids).logits
+        torch.testing.assert_close(ours[i], theirs, rtol=0, atol=2e-5)
+        assert (theirs - plain).abs().max() > 0.05, arm
+
+
+def test_put_and_get_are_inverse(model, layers):
+    bank = filled(model, layers)
+    before = bank.get(2)
+    bank.put(2, before)
+    for path, (a, b) in bank.get(2).items():
+        assert torch.equal(a, before[path][0])
+        assert torch.equal(b, before[path][1])
+
+
+def test_one_pass_equals_one_after_another(model, layers, parts):
+    rates = [1e-2, 3e-3, 1e-2, 2e-3]
+    arms = [Arm(arm.nblocks, arm.rank, arm.goal, arm.ratio, lr) for arm, lr in zip(ARMS, rates, strict=True)]
+    together = filled(model, layers, arms)
+    alone = [Bank(model, layers, [arm]) for arm in together.arms]
+    begun = [together.get(i) for i in range(4)]
+    for bank, tensors in zip(alone, begun, strict=True):
+        bank.put(0, tensors)
+    for bank in (together, *alone):
+        learn.train(model, bank, data.batches(parts["train"], 4, 4, seed=1), 4)
+    for i, bank in enumerate(alone):
+        for path, (a, b) in together.get(i).items():
+            torch.testing.assert_close(a, bank.get(0)[path][0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(b, bank.get(0)[path][1], rtol=0, atol=1e-5)
+        assert any(not torch.allclose(b, begun[i][path][1], atol=1e-3) for path, (_, b) in together.get(i).items())
+
+
+def test_step_is_torch_adamw_with_clipping(model, layers, parts):
+    bank = filled(model, layers, ARMS[:1])
+    leaves = [leaf for pair in bank._groups[0].factors.values() for leaf in pair]
+    copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    optimizer = torch.optim.AdamW(copies, lr=bank.arms[0].lr, weight_decay=0.0)
+    noise = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        for leaf, copy in zip(leaves, copies, strict=True):
+            leaf.grad.copy_(torch.randn(leaf.shape, generator=noise))
+            copy.grad = leaf.grad.clone()
+        torch.nn.utils.clip_grad_norm_(copies, 1.0)
+        optimizer.step()
+        bank.step()
+    for leaf, copy in zip(leaves, copies, strict=True):
+        torch.testing.assert_close(leaf, copy, rtol=0, atol=1e-6)
+
+
+def _naive(model, bank, rows, index):
+    """Perplexity, accuracy and losses of one adapter, row by row and position by position."""
+    text, label, hits = [], [], []
+    for i in range(len(rows)):
+        ids = rows.ids[i, : rows.length[i]]
+        with torch.no_grad(), bank.on():
+            logits = model(input_ids=ids.repeat(len(bank.arms), 1)).logits[index]
+        says = logits.log_softmax(-1)
+        text += [-says[t - 1, ids[t]].item() for t in range(1, int(rows.text[i]))]
+        label.append(-says[-2, ids[-1]].item())
+        hits.append(int(rows.classes[logits[-2, rows.classes].argmax()]) == int(ids[-1]))
+    return text, label, hits
+
+
+def test_scores_and_loss_equal_a_plain_loop(model, layers, parts):
+    bank, rows = filled(model, layers), parts["test"]
+    scores = learn.score(model, bank, rows, 5)
+    hidden = learn._hidden(model, bank, rows)
+    losses = learn._losses(model, hidden, rows)
+    for i, score in enumerate(scores):
+        text, label, hits = _naive(model, bank, rows, i)
+        assert score.perplexity == pytest.approx(math.exp(statistics.mean(text)), rel=1e-4)
+        assert score.label_loss == pytest.approx(statistics.mean(label), rel=1e-4)
+        assert score.correct == hits
+        assert score.accuracy == sum(hits) / len(hits)
+        assert losses[i].item() == pytest.approx(statistics.mean(text) + statistics.mean(label), rel=1e-4)
+    assert len({tuple(score.correct) for score in scores}) > 1 or len({s.perplexity for s in scores}) == 4
+
+
+def test_16_bit_model_trains_like_the_32_bit_one(model, layers, parts):
+    """As on a GPU: products in bfloat16, adapter weights and optimiser in float32."""
+    small, last = deepcopy(model).bfloat16(), []
+    for base in (model, small):
+        bank = filled(base, layers, [dataclasses.replace(arm, lr=5e-3) for arm in ARMS])
+        assert bank._groups[0].flat.dtype == torch.float32
+        begun = learn._losses(base, learn._hidden(base, bank, parts["train"]), parts["train"]).detach()
+        learn.train(base, bank, data.batches(parts["train"], 10, 8, seed=1), 10)
+        last.append(learn._losses(base, learn._hidden(base, bank, parts["train"]), parts["train"]).detach())
+        assert (last[-1] < begun - 0.5).all()
+    torch.testing.assert_close(last[1], last[0], rtol=0.05, atol=0)
+
+
+def test_divergence_from_oneself_is_zero_and_healing_lowers_it(model, layers, parts):
+    teacher = filled(model, layers, ARMS[:1])
+    students = Bank(model, layers, [Arm(2, 4, 1.0, 1.0, 3e-3), Arm(2, 8, 1.0, 1.0, 3e-3)])
+    for i, arm in enumerate(students.arms):
+        fitted, error = learn.convert(students, teacher.get(0), 2, arm.rank)
+        students.put(i, fitted)
+        assert (error < 1e-6) == (arm.rank == 8)
+
+    def distance(rows=parts["train"]):
+        with torch.no_grad():
+            target = learn._hidden(model, teacher, rows)
+            return learn._losses(model, learn._hidden(model, students, rows), rows, target)
+
+    before = distance()
+    assert before[1] < 1e-4 < before[0]  # rank nblocks x r is exact
+    learn.heal(model, students, teacher, data.batches(parts["train"], 40, 8, seed=1), 40)
+    assert distance()[0] < 0.8 * before[0]
+
+
+def test_conversion_equals_the_command(model, layers, tmp_path):
+    teacher = filled(model, layers, ARMS[:1])
+    save(teacher, 0, tmp_path / "lora")
+    words = ["convert", str(tmp_path / "lora"), str(tmp_path / "bd"), "--nblocks", "4", "--rank", "4"]
+    assert adapters_command(words) == 0
+    fitted, error = learn.convert(teacher, teacher.get(0), 4, 4)
+    bank = Bank(model, layers, [Arm(4, 4, 1.0, 1.0)])
+    bank.put(0, fitted)
+    save(bank, 0, tmp_path / "ours")
+    command, ours = read_adapter(tmp_path / "bd"), read_adapter(tmp_path / "ours")
+    for path, module in command.modules.items():
+        (a, b), (c, d) = dense_form(module), dense_form(ours.modules[path])
+        torch.testing.assert_close(module.scale * b @ a, ours.modules[path].scale * d @ c, rtol=0, atol=1e-5)
+    report = json.loads((tmp_path / "bd" / "conversion.json").read_text())
+    assert error == pytest.approx(report["relative_error"], abs=1e-4)
+
+
+def test_arms_are_matched_and_skip_blocks_that_do_not_divide():
+    layers = read_model_of_demo()
+    arms = arms_of(layers, 30, (2, 4, 5, 8))
+    assert [arm.nblocks for arm in arms] == [1, *[2] * 3, *[4] * 3, *[8] * 3]
+    for arm in arms:
+        assert arm.rank % arm.nblocks == 0
+        assert arm.ratio == pytest.approx(arm.goal, rel=0.03)
+
+
+def read_model_of_demo():
+    from sgl_bdlora.adapters.model import BaseModel
+
+    return BaseModel("SmolLM2", "llama", 576, 1536, 30, 9, 3, 64, 49152, True, None).linear_layers()
+
+
+def test_no_text_is_in_two_parts(tmp_path):
+    texts = [(f"A film about number {i % 700}, {'!' * (i % 3)}", i % 2) for i in range(2000)]
+    task = tasks.Task("t", "?", ("no", "yes"), 8, 400, 100, 200, lambda folder: iter(texts))
+    parts = tasks.split(task, tmp_path)
+    assert {name: len(rows) for name, rows in parts.items()} == {"test": 200, "validation": 100, "train": 400}
+    seen = [text.rstrip("! ") for rows in parts.values() for text, _ in rows]
+    assert len(set(seen)) == len(seen) == 700
+    assert tasks.split(task, tmp_path) == parts
+
+
+def test_letter_keeps_subject_and_body_alone():
+    raw = "From: a@b\nSubject: [ILUG] Hello\nX-Spam: yes\nContent-Type: text/html\n\n<p>Buy&nbsp;<b>now</b></p><style>x{}</style>"
+    assert tasks.letter(raw) == "Hello Buy now"
+
+
+def test_batches_follow_the_seed_and_use_every_row(parts):
+    rows = parts["train"]
+    first, again, other = ([b.ids.tolist() for b in data.batches(rows, 10, 8, seed)] for seed in (1, 1, 2))
+    assert first == again != other
+    seen = [
+        tuple(row[: int(n)])
+        for b in data.batches(rows, 5, 8, 1)
+        for row, n in zip(b.ids.tolist(), b.length, strict=True)
+    ]
+    assert sorted(seen) == sorted(tuple(row[: int(n)]) for row, n in zip(rows.ids.tolist(), rows.length, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+def test_block_decoders_equal_gguf(kind):
+    import numpy as np
+    from gguf import GGMLQuantizationType, dequantize, quantize
+
+    type_ = GGMLQuantizationType[kind]
+    values = np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32)
+    raw = quantize(values, type_)
+    ours = weights._DECODERS[kind](torch.from_numpy(raw))
+    assert torch.equal(ours, torch.from_numpy(dequantize(raw, type_)))
+
+
+def test_intervals():
+    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found.mean == 3
+    assert found.half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
+    assert interval([2.0]).half is None
+    assert not interval([-1.0, 1.0]).excludes_zero
+    rows = [{"correct": f"{int('0110', 2):x}", "rows": 4}, {"correct": f"{int('0010', 2):x}", "rows": 4}]
+    assert bits(rows[0]) == [0, 1, 1, 0]
+    difference = over_rows(rows, rows[1:] * 2)
+    assert difference.mean == pytest.approx(12.5)
+    assert difference.half == pytest.approx(1.96 * 25 / 2)
+
+
+def test_quick_run_resumes_and_reports(folder, parts, tmp_path, capsys):
+    prepared = tmp_path / "tiny"
+    data.save(prepared, "toy", parts)
+    weights.pack(folder, prepared)
+    (prepared / "prepared.json").write_text(json.dumps({"tasks": ["toy"]}))
+    output = tmp_path / "rows.jsonl"
+    words = ["run", "--data", str(prepared), "--output", str(output), "--quick", "--device", "cpu"]
+    assert main([*words, "--only", "sweep/*", "base/*"]) == 0
+    sweep = [row for row in read_rows(output) if row["kind"] == "sweep"]
+    assert len(sweep) == 3 * len(QUICK.rates)
+    assert main(words) == 2  # would write into rows that are there
+    assert main([*words, "--resume"]) == 0
+    rows = read_rows(output)
+    assert main([*words, "--resume"]) == 0
+    assert len(read_rows(output)) == len(rows)
+    assert [row["unit"] for row in rows if row["kind"] == "done"] == [
+        "sweep/toy", "base/toy", "speed/toy", "main/toy/0", "main/toy/1",
+    ]  # fmt: skip
+    best = min((r for r in sweep if r["nblocks"] == 1), key=lambda row: row["text_loss"] + row["label_loss"])
+    results = [row for row in rows if row["kind"] == "result" and row["seed"] == 0]
+    assert {row["lr"] for row in results if row["arm"] == "lora"} == {best["lr"]}
+    variants = [row["variant"] for row in results]
+    assert {v: variants.count(v) for v in variants} == {"trained": 4, "converted": 2, "healed": 2}
+    capsys.readouterr()
+    assert main(["report", str(output)]) == 0
+    assert "| 2 blocks, healed |" in capsys.readouterr().out
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    assert "2 seeds" in tables(rows)
