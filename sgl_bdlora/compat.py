@@ -71,6 +71,7 @@ NAMES: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.managers.scheduler.Scheduler._can_schedule_lora_req": ("self", "req", "running_loras"),
     "sglang.srt.managers.io_struct.GetInternalStateReqOutput": None,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_lora": ("self",),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter_from_tensors": ("self", "obj"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._discard_pending_req_states": (
         "self",
         "obj",
@@ -132,6 +133,36 @@ NAMES: dict[str, tuple[str, ...] | None] = {
         "self",
         "forward_batch",
     ),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.__init__": ("self", "base_url"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint._add_images": ("self", "s", "data"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint._generate_http_request": ("self", "s", "data"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint._assert_success": ("self", "res"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.cache_prefix": ("self", "prefix_str"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.commit_lazy_operations": ("self", "s"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.generate_stream": ("self", "s", "sampling_params"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.select": (
+        "self",
+        "s",
+        "choices",
+        "temperature",
+        "choices_method",
+    ),
+    "sglang.lang.choices.ChoicesDecision": ("decision", "meta_info"),
+    "sglang.lang.choices.ChoicesSamplingMethod": None,
+    "sglang.lang.interpreter.ProgramState.fork": ("self", "size"),
+    "sglang.lang.interpreter.ProgramStateGroup": ("states", "src_state"),
+    "sglang.lang.interpreter.StreamExecutor": (
+        "backend",
+        "arguments",
+        "default_sampling_para",
+        "chat_template",
+        "stream",
+    ),
+    "sglang.lang.interpreter.StreamExecutor._execute_select": ("self", "expr"),
+    "sglang.lang.ir.SglConstantText": ("value",),
+    "sglang.lang.ir.SglExprList": ("expr_list",),
+    "sglang.lang.ir.SglSelect": ("name", "choices", "temperature", "choices_method"),
+    "sglang.utils.http_request": ("url", "json", "stream", "api_key", "verify"),
 }
 
 
@@ -140,6 +171,7 @@ LAUNCHER_ONLY = (
     "sglang.launch_server.",
     "sglang.srt.entrypoints.http_server.",
     "sglang.srt.managers.tokenizer_manager.",
+    "sglang.lang.",
 )
 
 

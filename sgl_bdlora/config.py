@@ -21,16 +21,23 @@ class Options:
 
     lora_pool_gb: device memory per rank for adapter weights, in GiB.
     lora_sharding: how plain adapters are split over the ranks; block-diagonal ones are always local.
+    adapter_root: the directory that adapters are read from; None for any.
     """
 
     lora_pool_gb: float = 1.0
     lora_sharding: str = "replicated"
+    adapter_root: str | None = None
 
     def __post_init__(self):
         if self.lora_sharding not in SHARDINGS:
             raise ValueError(f"--lora-sharding has to be one of {', '.join(SHARDINGS)}, got {self.lora_sharding!r}")
         if not self.lora_pool_gb > 0:
             raise ValueError(f"--lora-pool-gb has to be positive, got {self.lora_pool_gb}")
+        if self.adapter_root is not None:
+            # Relative to where the server was started, whatever directory a process of it changes to.
+            object.__setattr__(self, "adapter_root", os.path.abspath(self.adapter_root))
+            if not os.path.isdir(self.adapter_root):
+                raise ValueError(f"--adapter-root has to be a directory, got {self.adapter_root!r}")
 
     @property
     def lora_pool_bytes(self) -> int:
@@ -69,6 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and B of row-parallel layers whole on every rank, no collective. s-lora: everything split, with an all-gather or all-reduce "
         f"between shrink and expand, 4 a decoder layer. Block-diagonal adapters are local under both. Default: {Options.lora_sharding}.",
     )
+    group.add_argument(
+        "--adapter-root",
+        type=_directory,
+        default=None,
+        metavar="DIR",
+        help="Read adapters from below this directory only: paths in --lora-paths and /load_lora_adapter that lead out of it, also by "
+        "symbolic links, are refused; relative paths start here. Default: any path that the server can read.",
+    )
 
 
 def _positive(word: str) -> float:
@@ -76,6 +91,12 @@ def _positive(word: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"has to be a positive number of GiB, got {word}")
     return value
+
+
+def _directory(word: str) -> str:
+    if not os.path.isdir(word):
+        raise argparse.ArgumentTypeError(f"has to be a directory, got {word!r}")
+    return word
 
 
 def capture(args: argparse.Namespace) -> None:

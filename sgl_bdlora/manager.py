@@ -18,6 +18,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sgl_bdlora import config
 from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, read_adapter
 from sgl_bdlora.adapters.check import check_rank
+from sgl_bdlora.adapters.root import confined
 from sgl_bdlora.admission import Admission, Waiting
 from sgl_bdlora.layers import embedding
 from sgl_bdlora.layers.host import host_layers, vocabulary_layers
@@ -79,7 +80,8 @@ class BDLoRAManager(LoRAManager):
     # Loading and unloading
 
     def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
-        return self._load(lora_ref, lambda: read_adapter(lora_ref.lora_path, lora_ref.lora_name))
+        name, path = lora_ref.lora_name, lora_ref.lora_path
+        return self._load(lora_ref, lambda: read_adapter(confined(name, path, config.options().adapter_root), name))
 
     def _load_lora_adapter_from_tensors(
         self, lora_ref: LoRARef, tensors: dict[str, torch.Tensor], config_dict: dict, added_tokens_config=None

@@ -46,6 +46,8 @@ def register() -> None:
     if launcher:
         _hook("sglang.srt.entrypoints.http_server.launch_server", _before_launch_server, "BEFORE")
         _register_unloading()
+        tensors = "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter_from_tensors"
+        _hook(tensors, _around_load_lora_adapter_from_tensors, "AROUND")
     cpu.register_hooks(_hook)
     logger.info("sgl-bdlora: %d hooks on sglang %s", len(_targets), compat.SGLANG_VERSION)
 
@@ -110,6 +112,7 @@ def _before_from_cli_args(cls, args) -> None:
 
 def _before_check_lora_server_args(server_args) -> None:
     """SGLang demands a rank limit and target modules without adapters at start; the bdlora pool needs neither."""
+    refuse_unconfined(server_args)
     if server_args.lora_backend != config.BACKEND or not server_args.enable_lora or server_args.lora_paths:
         return
     defaults = {}
@@ -119,6 +122,26 @@ def _before_check_lora_server_args(server_args) -> None:
         defaults["lora_target_modules"] = ["all"]
     if defaults:
         server_args.override("sgl_bdlora", **defaults)
+
+
+def refuse_unconfined(server_args) -> None:
+    """SGLang's own back ends read any path: with one of them --adapter-root would promise what nothing keeps."""
+    if config.options().adapter_root is not None and server_args.lora_backend != config.BACKEND:
+        raise SystemExit(
+            f"sgl-bdlora: --adapter-root works with --lora-backend {config.BACKEND} only, not {server_args.lora_backend}; "
+            "leave it out, or change the back end."
+        )
+
+
+async def _around_load_lora_adapter_from_tensors(original, manager, obj, request=None):
+    """With --adapter-root adapters come from there only, not from a request: tensors in it are unpickled by SGLang."""
+    if config.options().adapter_root is None:
+        return await original(manager, obj, request)
+    from sglang.srt.managers.io_struct import LoRAUpdateOutput
+
+    from sgl_bdlora.adapters.root import no_tensors
+
+    return LoRAUpdateOutput(success=False, error_message=str(no_tensors(obj.lora_name)))
 
 
 def _around_init_lora_manager(original, runner) -> None:

@@ -81,7 +81,8 @@ def live(request: pytest.FixtureRequest, zoo, tmp_path_factory: pytest.TempPathF
         "PYTHONPATH": os.pathsep.join(filter(None, (str(COUNTER), os.environ.get("PYTHONPATH")))),
         **dict(served.environment),
     }
-    arguments = (*LORA, *served.arguments)
+    adapters = zoo.adapter(served.family, "bd4-r16").parent
+    arguments = (*LORA, *(str(adapters) if word == "ADAPTERS" else word for word in served.arguments))
     log = folder / f"{served}.log"
     with Server(zoo.model(served.family), served.tp, log, arguments, environment) as server:
         yield Live(served, server, zoo, folder / "collectives.jsonl")

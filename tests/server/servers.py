@@ -9,7 +9,8 @@ LLAMA = Served("llama", 2, ("--chunked-prefill-size", "32"))
 # Fewer kv heads (2) than ranks, and a pool of half a MiB a rank that holds only some of the adapters at a time.
 QWEN3 = Served("qwen3", 4, ("--lora-pool-gb", "0.0005"))
 QWEN2 = Served("qwen2", 1)
-GEMMA = Served("gemma3", 2)
+# ADAPTERS stands for the directory that the zoo's adapters are in.
+GEMMA = Served("gemma3", 2, ("--adapter-root", "ADAPTERS"))
 # Prompt log-probabilities are computed for at most 7 rows of lm_head at a time.
 S_LORA = Served(
     "llama",
