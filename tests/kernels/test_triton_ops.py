@@ -116,8 +116,10 @@ def test_shrink_and_expand(engine, device, popularity, path, static):
     assert close(y, wanted, wanted.abs().max())
 
 
-@pytest.mark.parametrize("popularity", [name for name, who in POPULARITY.items() if len(who) <= FUSED_TOKENS])
-@pytest.mark.parametrize("bias", [False, True])
+FUSED = [name for name, who in POPULARITY.items() if len(who) <= FUSED_TOKENS]
+
+
+@pytest.mark.parametrize(("popularity", "bias"), [*((name, False) for name in FUSED), ("distinct", True)])
 def test_linear_with_the_expand_in_its_epilogue(engine, device, popularity, bias):
     ops, batch, x = case(engine, device, popularity, 3, static=True)
     generator = torch.Generator().manual_seed(4)
