@@ -1,0 +1,1 @@
+"""Placement and routing over many replicas, in simulation."""

@@ -1,0 +1,4 @@
+"""Many replicas: which adapter lives where, who answers a request, and a simulation of both.
+
+Everything here is pure code: importing it imports neither torch, sglang nor ray.
+"""
