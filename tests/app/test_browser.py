@@ -338,6 +338,7 @@ def test_a_server_that_is_killed_and_started_again(stage, tmp_path):
         assert "Done: 6 batches" in wait_done(page)
 
 
+@pytest.mark.slow
 def test_a_password_can_be_asked_for(browser, tmp_path):
     with page_for("http://127.0.0.1:1", free_port(), tmp_path, auth=[("ann", "secret")]) as url:
         assert httpx.get(f"{url}/config").status_code == 401
