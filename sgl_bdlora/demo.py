@@ -59,6 +59,9 @@ class Answer:
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
+    # Also when it is told to end, or was started in the background, where a shell has Ctrl-C ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         return run(args)
     except (DemoModelError, DemoError) as problem:
