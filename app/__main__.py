@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     from app.page import build
     from app.theme import CSS, theme
 
-    key = os.environ.get("SGL_BDLORA_API_KEY")
+    key = os.environ.get("BDLORA_API_KEY")
     with tempfile.TemporaryDirectory(prefix="sgl-bdlora-app-") as folder:
         compare = Server(args.compare_server, key) if args.compare_server else None
         context = Context(Server(args.server, key), compare, Path(folder))
@@ -79,11 +79,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         type=credentials,
         action="append",
         metavar="USER:PASSWORD",
-        help="ask for a name and a password (may be repeated); also read from SGL_BDLORA_APP_AUTH, separated by commas",
+        help="ask for a name and a password (may be repeated); also read from BDLORA_APP_AUTH, separated by commas",
     )
     args = parser.parse_args(argv)
-    if not args.auth and os.environ.get("SGL_BDLORA_APP_AUTH"):
-        args.auth = [credentials(word) for word in os.environ["SGL_BDLORA_APP_AUTH"].split(",")]
+    if not args.auth and os.environ.get("BDLORA_APP_AUTH"):
+        args.auth = [credentials(word) for word in os.environ["BDLORA_APP_AUTH"].split(",")]
     return args
 
 

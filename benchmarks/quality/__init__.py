@@ -1,1 +1,1 @@
-"""Is a block-diagonal adapter as good as the LoRA that it replaces? docs/quality.md has the answer, docs/training.md the commands."""
+"""Is a block-diagonal adapter as good as the LoRA that it replaces? docs/training.md has the commands."""
