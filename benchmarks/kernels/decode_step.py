@@ -13,73 +13,28 @@ all arms have alike: no attention, no collectives. Milliseconds are medians.
     bytes       the time that the weights alone would take at the bandwidth given by --bandwidth, base and adapters
 """
 
-import argparse
-import statistics
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.kernels.shapes import hosts, shard
-from benchmarks.record import RESULTS, Rows
-from sgl_bdlora.kernels import triton_ops as kernels
-from sgl_bdlora.memory_pool import MemoryPool
+from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
+from benchmarks.kernels.shapes import hosts
+from benchmarks.record import Rows
 
 LAYERS = 32
 
 
-def graph_ms(run, before, repeats: int) -> float:
-    """Median milliseconds of a replay of `run`; `before` runs ahead of each, outside the graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            before()
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    before()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(repeats):
-        before()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels.decode_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_for("decode_step", __doc__, rank=12, repeats=50)
     add = parser.add_argument
-    add("--tp", type=int, default=2, help="one rank of this many (default: 2)")
     add("--tokens", type=int, nargs="+", default=[1, 8, 32])
     add("--adapters", type=int, nargs="+", default=[1, 4, 16], help="different adapters in the batch (default: 1 4 16)")
-    add("--rank", type=int, default=12, help="local rank (default: 12, block-diagonal of 24 at TP 2)")
-    add("--repeats", type=int, default=50)
     add("--bandwidth", type=float, default=4.3, help="TB/s for the floor by bytes (default: 4.3, one H200)")
-    add("--output", type=Path)
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        parser.error("needs an NVIDIA GPU")
-    rows = Rows(args.output or RESULTS / time.strftime("decode-step-%Y%m%dT%H%M%SZ.jsonl", time.gmtime()), tp=args.tp)
-
+    args = parse(parser, argv)
+    rows = Rows(args.output, tp=args.tp)
     layers = hosts("8b", args.tp, LAYERS)
-    shards = {f"{i}": shard(f"{i}", layers, args.rank) for i in range(max(args.adapters))}
-    budget = sum(s.nbytes for s in shards.values())
-    pool = MemoryPool(budget, torch.bfloat16, torch.device("cuda"), len(shards))
-    pool.ensure(shards)
-    residents = [pool.get(uid) for uid in shards]
-    ops = kernels.TritonOps(pool.arena, layers, len(shards), None).reserve(max(args.tokens), combines=False)
+    ops, residents = on_device(layers, max(args.adapters), args.rank, max(args.tokens))
     sizes = [(sum(len(s.outputs) for s in host.slices), len(host.slices[0].inputs)) for host in layers]
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for n, k in sizes]
     base_bytes = sum(w.nbytes for w in weights)
@@ -109,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             row["late_ms"] = graph_ms(linear, capture, 5)
             del ops._shrink_beside
             row["separate_ms"] = graph_ms(separate, capture, args.repeats)
-            row["bytes_ms"] = (base_bytes + count * shards["0"].nbytes) / (args.bandwidth * 1e9)
+            row["bytes_ms"] = (base_bytes + count * residents[0].shard.nbytes) / (args.bandwidth * 1e9)
             rows.write(tokens=tokens, adapters=count, rank=args.rank, **row)
             times = "  ".join(f"{name.removesuffix('_ms')} {ms:6.3f}" for name, ms in row.items())
             ratio = row["linear_ms"] / row["cublas_ms"]

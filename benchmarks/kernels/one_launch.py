@@ -9,21 +9,19 @@ whether B is read before the product, and whether a layer's programs bring the n
 tensor-parallel rank of Llama-3.1-8B as in decode_step; cuBLAS without LoRA and what is served run beside them. Milliseconds are medians.
 """
 
-import argparse
 import itertools
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from benchmarks.kernels.decode_step import LAYERS, graph_ms
-from benchmarks.kernels.shapes import hosts, shard
-from benchmarks.record import RESULTS, Rows
+from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
+from benchmarks.kernels.decode_step import LAYERS
+from benchmarks.kernels.shapes import hosts
+from benchmarks.record import Rows
 from sgl_bdlora.kernels import triton_ops
 from sgl_bdlora.kernels.fused import (
     A_FIELD,
@@ -39,7 +37,6 @@ from sgl_bdlora.kernels.fused import (
     slice_of,
 )
 from sgl_bdlora.kernels.triton_ops import LIMIT, ROWS, SHRINK_ROWS, TritonOps, _divisor
-from sgl_bdlora.memory_pool import MemoryPool
 
 _FIELDS = tl.constexpr(5)
 PLACES = ("beside", "first", "wave", "last")
@@ -192,31 +189,17 @@ class OneLaunch:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels.one_launch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_for("one_launch", __doc__, rank=12, repeats=40)
     add = parser.add_argument
-    add("--tp", type=int, default=2, help="one rank of this many (default: 2)")
     add("--tokens", type=int, nargs="+", default=[1, 8, 32])
     add("--adapters", type=int, nargs="+", default=[1, 4])
-    add("--rank", type=int, default=12, help="local rank (default: 12)")
     add("--programs", type=int, nargs="+", default=[4, 16, 36, 132])
     add("--splits", type=int, nargs="+", default=[2, 4])
     add("--places", nargs="+", default=list(PLACES), choices=PLACES)
-    add("--repeats", type=int, default=40)
-    add("--output", type=Path)
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        parser.error("needs an NVIDIA GPU")
-    rows = Rows(args.output or RESULTS / time.strftime("one-launch-%Y%m%dT%H%M%SZ.jsonl", time.gmtime()), tp=args.tp)
+    args = parse(parser, argv)
+    rows = Rows(args.output, tp=args.tp)
     layers = hosts("8b", args.tp, LAYERS)
-    shards = {f"{i}": shard(f"{i}", layers, args.rank) for i in range(max(args.adapters))}
-    pool = MemoryPool(sum(s.nbytes for s in shards.values()), torch.bfloat16, torch.device("cuda"), len(shards))
-    pool.ensure(shards)
-    residents = [pool.get(uid) for uid in shards]
-    ops = TritonOps(pool.arena, layers, len(shards), None).reserve(max(args.tokens), combines=False)
+    ops, residents = on_device(layers, max(args.adapters), args.rank, max(args.tokens))
     sizes = [(sum(len(s.outputs) for s in host.slices), len(host.slices[0].inputs)) for host in layers]
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for n, k in sizes]
     paths = [host.path for host in layers]

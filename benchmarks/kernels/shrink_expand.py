@@ -12,23 +12,19 @@ spread over the rows (in blocks above 64 rows, as in prefill), bfloat16.
     torch     sgl_bdlora/kernels/torch_ops.py
 """
 
-import argparse
 import itertools
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.kernels.decode_step import graph_ms
-from benchmarks.kernels.shapes import MODELS, hosts, shard
-from benchmarks.record import RESULTS, Rows
+from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
+from benchmarks.kernels.shapes import MODELS, hosts
+from benchmarks.record import Rows
 from sgl_bdlora.kernels.batch import AdapterSet, Batch
 from sgl_bdlora.kernels.torch_ops import add_lora
-from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS, TritonOps
-from sgl_bdlora.memory_pool import MemoryPool
+from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS
 from sgl_bdlora.sharding import HostLayer
 
 LAUNCH_US = 2.5
@@ -83,32 +79,17 @@ def csgmv(host: HostLayer, owners: np.ndarray, adapters: int, rank: int) -> Call
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels.shrink_expand",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_for("shrink_expand", __doc__, rank=16, repeats=20)
     add = parser.add_argument
     add("--model", choices=list(MODELS), default="8b")
-    add("--tp", type=int, default=2, help="one rank of this many (default: 2)")
     add("--tokens", type=int, nargs="+", default=[1, 8, 32, 256, 4096, 16384])
     add("--adapters", type=int, nargs="+", default=[1, 8])
-    add("--rank", type=int, default=16, help="local rank (default: 16)")
-    add("--repeats", type=int, default=20)
     add("--bandwidth", type=float, default=4.3, help="TB/s for the floor (default: 4.3, one H200)")
-    add("--output", type=Path)
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        parser.error("needs an NVIDIA GPU")
-    output = args.output or RESULTS / time.strftime("shrink-expand-%Y%m%dT%H%M%SZ.jsonl", time.gmtime())
-    rows = Rows(output, model=args.model, tp=args.tp, rank=args.rank)
+    args = parse(parser, argv)
+    rows = Rows(args.output, model=args.model, tp=args.tp, rank=args.rank)
     layers = hosts(args.model, args.tp, 1)
-    shards = {f"{i}": shard(f"{i}", layers, args.rank) for i in range(max(args.adapters))}
-    pool = MemoryPool(sum(s.nbytes for s in shards.values()), torch.bfloat16, torch.device("cuda"), len(shards))
-    pool.ensure(shards)
-    residents = [pool.get(uid) for uid in shards]
+    ops, residents = on_device(layers, max(args.adapters), args.rank, max(args.tokens))
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    ops = TritonOps(pool.arena, layers, len(shards), None).reserve(max(args.tokens), combines=False)
     for tokens, count, host in itertools.product(args.tokens, args.adapters, layers):
         if count > tokens:
             continue

@@ -11,7 +11,7 @@ import numpy as np
 
 from sgl_bdlora.cluster.base import Adapter, PlacementError, Policy, Problem, View
 from sgl_bdlora.cluster.costs import Costs
-from sgl_bdlora.cluster.placement import healed
+from sgl_bdlora.cluster.moves import healed
 from sgl_bdlora.cluster.routing import RoutingTable, moves
 
 

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from instances import loads, problem, problems
 
 from sgl_bdlora.cluster.costs import load_costs
-from sgl_bdlora.cluster.placement import RankPacking, fill, healed
+from sgl_bdlora.cluster.moves import healed
+from sgl_bdlora.cluster.placement import RankPacking
 from sgl_bdlora.cluster.policies import NAMES, make_policy
 from sgl_bdlora.cluster.routing import RoutingTable, moves
+from sgl_bdlora.cluster.state import fill
 
 COSTS = load_costs("bdlora")
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
