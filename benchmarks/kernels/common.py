@@ -4,13 +4,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.kernels.shapes import shard
 from benchmarks.record import RESULTS
-from sgl_bdlora.kernels.triton_ops import TritonOps
+from sgl_bdlora.kernels.triton_ops import Plan, TritonOps
 from sgl_bdlora.memory_pool import MemoryPool, Resident
 from sgl_bdlora.sharding import HostLayer
 
@@ -54,6 +55,11 @@ def on_device(layers: list[HostLayer], adapters: int, rank: int, max_tokens: int
     for resident in residents:
         resident.arrival.wait()
     return TritonOps(pool.arena, layers, adapters, None).reserve(max_tokens, combines=False), residents
+
+
+def without_shrink(plan: Plan | None) -> Plan | None:
+    """The same with no program that computes h."""
+    return plan and replace(plan, tiles={rows: replace(tiles, programs=0) for rows, tiles in plan.tiles.items()})
 
 
 def graph_ms(run: Callable[[], object], before: Callable[[], object], repeats: int) -> float:

@@ -70,7 +70,7 @@ class BDLoRABackend(BaseLoRABackend):
     def init_prefill_cuda_graph_batch_info(self, max_num_tokens: int) -> None:
         """The same before prefill graphs are captured."""
         if self._ops is not None:
-            self._prefill_ops = self._ops.reserve(max_num_tokens, combines=False, second_stream=False)
+            self._prefill_ops = self._ops.reserve(max_num_tokens, combines=False)
             self.prefill_cuda_graph_max_bs = self.prefill_cuda_graph_max_tokens = max_num_tokens
 
     def captures_decode_with_collectives(self) -> bool:

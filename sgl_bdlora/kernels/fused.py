@@ -9,10 +9,13 @@ spans of inputs and outputs that it touches (rows.py). For each row t of the bat
 and for all others h is taken as zero. Nothing is padded to the largest rank, and inputs and outputs outside a row's span (the zero
 blocks of block-diagonal factors) are not read.
 
-With local pieces nothing stands between shrink and expand. So the shrink runs on a second stream beside the base product, and the linear
-kernel adds the expand to its own tile before it stores it: y is written once. It does not wait for an event but for h itself: every word of
-h carries a tag of the launch that wrote it. A tile whose tags do not come computes its part of the shrink itself, so it ends whether or not
-the other kernel ever gets a place on the chip.
+With local pieces nothing stands between shrink and expand, so one launch does it all. Its first programs compute h, each of the others a
+tile of x W^T, to which it adds the expand before it stores it: y is written once. Programs cannot wait for one another with a barrier; a
+tile waits for h itself, every word of which carries a tag of the launch that wrote it. A tile whose tags do not come computes its part of
+the shrink itself, so it ends whether or not the others ever get a place on the chip.
+
+What a tile needs of the tables is loaded before the product and looked at after it: nothing waits in front of the weights. Rows beyond the
+batch are masked, not repeated: hundreds of programs that ask for the same line of x wait for each other (2 us of 11, one token).
 
 h is float32 with the low 12 bits replaced by the tag, which leaves 12 bits of significand: more than float16's 11 and bfloat16's 8.
 """
@@ -46,8 +49,8 @@ def high(packed):
 
 
 @triton.jit
-def _tag(meta, layer):
-    return (tl.load(meta) + layer) % _MASK + 1
+def _tag(first_tag, layer):
+    return (first_tag + layer) % _MASK + 1
 
 
 @triton.jit
@@ -65,18 +68,18 @@ def shrink_tile(
     BT: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
+    STAGES: tl.constexpr = 4,
 ):
-    """scale * x A^T over k_count inputs from k_first on: (BT, BR) float32. Rows t >= T repeat row 0."""
+    """scale * x A^T over k_count inputs from k_first on: (BT, BR) float32, zero in rows t >= T."""
     a_off = tl.multiple_of(tl.load(table + A_FIELD * LIMIT + r), 8)
     span = tl.load(table + X_FIELD * LIMIT + r)
     scale = high(tl.load(table + OWNER_FIELD * LIMIT + r)).to(tl.float32, bitcast=True)
     x0 = tl.multiple_of(low(span), 8)
     x1 = tl.multiple_of(high(span), 8)
-    rows = tl.where(t < T, t, 0)
     acc = tl.zeros((BT, BR), dtype=tl.float32)
-    for k0 in range(0, k_count, BK):
+    for k0 in tl.range(0, k_count, BK, num_stages=STAGES):
         k = k_first + k0 + tl.arange(0, BK)
-        x_TK = tl.load(x + rows[:, None].to(tl.int64) * K + k[None, :])
+        x_TK = tl.load(x + t[:, None].to(tl.int64) * K + k[None, :], mask=(t < T)[:, None], other=0.0)
         inside = tl.max_constancy((k[:, None] >= x0[None, :]) & (k[:, None] < x1[None, :]), [8, 1])
         a_KR = tl.load(arena + a_off[None, :] + k[:, None], mask=inside, other=0.0)
         acc = tl.dot(x_TK, a_KR, acc)
@@ -152,8 +155,13 @@ def _expand_tile(
 
 @triton.jit
 def read_b(arena, table, r, n, LIMIT: tl.constexpr):
-    b_off = tl.multiple_of(tl.load(table + B_FIELD * LIMIT + r), 8)
-    span = tl.load(table + Y_FIELD * LIMIT + r)
+    """(BR, BN) of B, zero outside the rows' spans."""
+    return _read_b(arena, tl.load(table + B_FIELD * LIMIT + r), tl.load(table + Y_FIELD * LIMIT + r), n)
+
+
+@triton.jit
+def _read_b(arena, b_off, span, n):
+    b_off = tl.multiple_of(b_off, 8)
     y0 = tl.multiple_of(low(span), 8)
     y1 = tl.multiple_of(high(span), 8)
     inside = tl.max_constancy((n[None, :] >= y0[:, None]) & (n[None, :] < y1[:, None]), [1, 8])
@@ -165,40 +173,37 @@ def slice_of(n0, end0, end1):
     return (n0 >= end0).to(tl.int32) + (n0 >= end1).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["layer", "T"])
-def beside_kernel(
+@triton.jit
+def _shrink(
     x,
     arena,
     table,
-    meta,
-    owners,
     h,
-    layer,
+    n_rows,
+    t,
+    owner_T,
+    tag,
     T,
     K,
     LIMIT: tl.constexpr,
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BT: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """h of one layer, tagged. Grid: (SPLITS, programs that share a slice's rank rows, SLICES of the layer).
-
-    x (T, K), T <= BT. h (SPLITS, BT, SLICES, LIMIT) int32: sums over SPLITS equal parts of K. Only words of a row's own adapter
-    are written.
-    """
-    split = tl.program_id(0)
-    s = tl.program_id(2)
-    t = tl.arange(0, BT)
-    owner_T = tl.load(owners + t, mask=t < T, other=-1)
-    tag = _tag(meta, layer)
-    table += s * 5 * LIMIT
+    """This program's pieces of h: BR rank rows of a slice, over a part of K."""
+    groups = tl.cdiv(n_rows, BR)
     k_count = tl.multiple_of(K // SPLITS, 16)
-    for first in range(tl.program_id(1) * BR, tl.load(meta + 1), tl.num_programs(1) * BR):
-        r = first + tl.arange(0, BR)
-        own = owner_T[:, None] == low(tl.load(table + OWNER_FIELD * LIMIT + r))[None, :]
-        v = shrink_tile(x, arena, table, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK)
+    for piece in range(tl.program_id(0), groups * SPLITS * SLICES, PROGRAMS):
+        split = piece % SPLITS
+        s = piece // SPLITS // groups
+        r = piece // SPLITS % groups * BR + tl.arange(0, BR)
+        rows = table + s * 5 * LIMIT
+        own = owner_T[:, None] == low(tl.load(rows + OWNER_FIELD * LIMIT + r))[None, :]
+        v = shrink_tile(x, arena, rows, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK, STAGES)
         place = ((split * BT + t[:, None]) * SLICES + s) * LIMIT + r[None, :]
         tl.store(h + place, _tagged(v, tag), mask=own)
 
@@ -207,6 +212,7 @@ def beside_kernel(
 def linear_kernel(
     x,
     w,
+    w_tiles,
     bias,
     y,
     arena,
@@ -223,40 +229,59 @@ def linear_kernel(
     LIMIT: tl.constexpr,
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    STAGES: tl.constexpr,
     BR: tl.constexpr,
+    SHRINK_BR: tl.constexpr,
+    SHRINK_BK: tl.constexpr,
+    SHRINK_STAGES: tl.constexpr,
     LATE_BK: tl.constexpr,
+    TILES: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """y = x w^T + bias + h B^T. Grid: (N / BN,).
+    """y = x w^T + bias + h B^T. Grid: (PROGRAMS for h + N / BN tiles,).
 
-    x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK and LATE_BK, slices by BN. h as in beside_kernel. end0, end1: where
-    the outputs of the first and of the second slice end; N where there is no further slice.
+    x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK, SPLITS * SHRINK_BK and LATE_BK, slices by BN. w_tiles: with TILES a
+    tensor descriptor of w, which is read through it. h (SPLITS, BT, SLICES, LIMIT) int32: tagged sums over SPLITS equal parts of K; only
+    words of a row's own adapter are written. PROGRAMS may be 0: then every tile computes its own. meta: first tag less one, number of rank rows. end0, end1: where the outputs of the
+    first and of the second slice end; N where there is no further slice.
     """
-    tag = _tag(meta, layer)
-    n_rows = tl.load(meta + 1)
-    n0 = tl.program_id(0) * BN
-    n = n0 + tl.arange(0, BN)
     t = tl.arange(0, BT)
+    owner_T = tl.load(owners + t, mask=t < T, other=-1)
+    first_tag = tl.load(meta)
+    n_rows = tl.load(meta + 1)
+    if PROGRAMS > 0:
+        if tl.program_id(0) < PROGRAMS:
+            _shrink(
+                x, arena, table, h, n_rows, t, owner_T, _tag(first_tag, layer),
+                T, K, LIMIT, SLICES, SPLITS, PROGRAMS, BT, SHRINK_BR, SHRINK_BK, SHRINK_STAGES,
+            )  # fmt: skip
+            return
+    n0 = (tl.program_id(0) - PROGRAMS) * BN
+    n = n0 + tl.arange(0, BN)
     s = slice_of(n0, end0, end1)
     table += s * 5 * LIMIT
-    owner_T = tl.load(owners + t, mask=t < T, other=-1)
     r = tl.arange(0, BR)
-    owner_R = low(tl.load(table + OWNER_FIELD * LIMIT + r))
-    rows = tl.where(t < T, t, 0)
+    owners_R = tl.load(table + OWNER_FIELD * LIMIT + r)
+    b_off = tl.load(table + B_FIELD * LIMIT + r)
+    span = tl.load(table + Y_FIELD * LIMIT + r)
     k = tl.arange(0, BK)
     acc = tl.zeros((BT, BN), dtype=tl.float32)
-    for k0 in range(0, K, BK):
-        x_TK = tl.load(x + rows[:, None] * K + (k0 + k)[None, :])
-        w_KN = tl.load(w + n[None, :].to(tl.int64) * K + (k0 + k)[:, None])
+    for k0 in tl.range(0, K, BK, num_stages=STAGES):
+        x_TK = tl.load(x + t[:, None] * K + (k0 + k)[None, :], mask=(t < T)[:, None], other=0.0)
+        if TILES:
+            w_KN = w_tiles.load([n0, k0]).T
+        else:
+            w_KN = tl.load(w + n[None, :].to(tl.int64) * K + (k0 + k)[:, None])
         acc = tl.dot(x_TK, w_KN, acc)
     if BIAS:
         acc += tl.load(bias + n).to(tl.float32)[None, :]
-    b_RN = read_b(arena, table, r, n, LIMIT)
+    tag = _tag(first_tag, layer)
     acc = _expand_tile(
-        acc, b_RN, x, arena, table, h, t, owner_T, tag, s, r, owner_R,
+        acc, _read_b(arena, b_off, span, n), x, arena, table, h, t, owner_T, tag, s, r, low(owners_R),
         T, K, LIMIT, SLICES, SPLITS, BT, BR, LATE_BK,
     )  # fmt: skip
     # Not pipelined: nothing may be read ahead of the tags.

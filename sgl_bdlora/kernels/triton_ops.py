@@ -1,6 +1,6 @@
 """LoRA in linear layers with Triton kernels: the current batch on the device, where CUDA graphs can replay it, and the launches.
 
-    rows <= FUSED_TOKENS, local adapters   shrink beside the layer, expand in its epilogue (fused.py)
+    rows <= FUSED_TOKENS, local adapters   the layer, shrink and expand in one launch (fused.py)
     else                                   the layer, then shrink and expand (separate.py)
     combined pieces (S-LoRA)               the layer, then shrink, an all-reduce of h over the ranks, and expand
 
@@ -8,15 +8,16 @@ The all-reduce stands for both of S-LoRA's collectives: where the paper gathers,
 one-shot all-reduce of so few bytes is faster than NCCL's all-gather, and can be captured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sgl_bdlora.kernels.fused import TAGS, beside_kernel, linear_kernel
+from sgl_bdlora.kernels.fused import TAGS, linear_kernel
 from sgl_bdlora.kernels.rows import (
     FIELDS,
     SLICES,
@@ -30,6 +31,7 @@ from sgl_bdlora.kernels.rows import (
     table_of,
 )
 from sgl_bdlora.kernels.separate import expand_kernel, shrink_kernel
+from sgl_bdlora.kernels.tiles import MAX_SPLITS, SHRINK_ROWS, Tiles, divisor, tiles_for
 from sgl_bdlora.kernels.torch_ops import Collectives
 from sgl_bdlora.memory_pool import Resident
 from sgl_bdlora.sharding import AdapterShard, HostLayer
@@ -38,14 +40,9 @@ from sgl_bdlora.sharding import AdapterShard, HostLayer
 LIMIT = 2048
 # Rank rows of one tile of the linear kernel; their number is rounded up to it.
 ROWS = 64
-SHRINK_ROWS = 16
 # Up to here the base product is bound by its weights' bytes, and one tile holds all rows of the batch.
 FUSED_TOKENS = 64
-# The shrink beside it: programs that share a slice's rank rows, and parts of K. Two parts: 3 us instead of 5 beside a base product of
-# 7 us and more (one H200, 48 rank rows, 8 tokens).
-SHRINK_PROGRAMS = 16
-SHRINK_INPUTS = 128
-MAX_SPLITS = 2
+_ROWS = (16, 32, 64)
 # Programs that the separate kernels should have at least: two for each multiprocessor of an H100 or H200.
 PROGRAMS = 264
 # Columns of h, the largest adapter's, that graphs are captured with, in local layers and at least in combined ones.
@@ -55,54 +52,33 @@ COMBINED_COLUMNS = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """Tile sizes of one layer. ends: where the outputs of its first two slices end. splits: parts of K in the shrink beside it.
+    """One layer's shape and tile sizes. ends: where the outputs of its first two slices end. tiles: by rows (a power of two).
 
-    combines: whether an S-LoRA piece of this layer would be put together over the ranks.
+    expand_n: outputs of a tile of the separate expand. combines: whether an S-LoRA piece of this layer would be put together over the
+    ranks.
     """
 
     slices: int
     ends: tuple[int, int]
     inputs: int
     outputs: int
-    block_n: int
-    block_k: int
-    splits: int
-    shrink_k: int
+    tiles: Mapping[int, Tiles]
     expand_n: int
     combines: bool
 
 
-def plan_for(host: HostLayer) -> Plan | None:
-    """Tile sizes for a layer, None if its shapes do not divide into tiles.
-
-    Swept on one H200, 2026-11-22, Llama-3.1-8B shapes at TP 2, 1 to 32 tokens: wide outputs 64 x 128, others 32 x 256, 4 stages, 4 warps.
-    """
+def plan_for(host: HostLayer, multiprocessors: int) -> Plan | None:
+    """Tile sizes for a layer, None if its shapes do not divide into tiles."""
     inputs = len(host.slices[0].inputs)
     ends = [s.y_start + len(s.outputs) for s in host.slices]
     if len(ends) > SLICES:
         return None
-    block_n, block_k = (64, 128) if ends[-1] >= 8192 else (32, 256)
-    block_n, expand_n = _divisor(block_n, *ends), _divisor(128, *ends)
-    block_k = _divisor(block_k, inputs)
-    splits, shrink_k = _shrink_parts(inputs)
-    if min(block_n, block_k, shrink_k) < 16:
+    tiles = {rows: tiles_for(ends, inputs, rows, multiprocessors) for rows in _ROWS}
+    if None in tiles.values():
         return None
     first_two = (ends[0], ends[min(1, len(ends) - 1)])
     combines = host.tp_size > 1 and host.parallelism in ("column", "row")
-    return Plan(len(ends), first_two, inputs, ends[-1], block_n, block_k, splits, shrink_k, expand_n, combines)
-
-
-def _shrink_parts(inputs: int) -> tuple[int, int]:
-    """Parts of K for the shrink and the inputs that it reads at once: fewest rounds of loads, then most parts."""
-    blocks = {n: _divisor(SHRINK_INPUTS, inputs // n) for n in range(1, MAX_SPLITS + 1) if inputs % n == 0}
-    splits = min(blocks, key=lambda n: (inputs // n // blocks[n], -n))
-    return splits, blocks[splits]
-
-
-def _divisor(block: int, *sizes: int) -> int:
-    while block > 1 and any(size % block for size in sizes):
-        block //= 2
-    return block
+    return Plan(len(ends), first_two, inputs, ends[-1], tiles, divisor(128, *ends), combines)
 
 
 class Table:
@@ -131,8 +107,7 @@ class TritonOps:
     Args:
         arena: the pool's weights. hosts: the model's linear layers, in the order of the forward pass. max_adapters: of a batch.
         collectives: over the ranks that share a layer; None where no adapter has pieces that are put together. max_tokens: rows of the
-        largest batch that a graph replays. second_stream: shrink beside the base products; not in graphs that are captured in pieces,
-        where every piece would have to wait for it. What graphs read keeps its address for the life of the server.
+        largest batch that a graph replays. What graphs read keeps its address for the life of the server.
     """
 
     def __init__(
@@ -142,9 +117,8 @@ class TritonOps:
         max_adapters: int,
         collectives: Collectives | None,
         max_tokens: int = FUSED_TOKENS,
-        second_stream: bool = True,
     ):
-        self.plans = {host.path: plan_for(host) for host in hosts}
+        self.plans = {host.path: plan_for(host, _multiprocessors(arena.device)) for host in hosts}
         self.index = LayerIndex([host for host in hosts if self.plans[host.path]])
         self.max_tokens = max(max_tokens, FUSED_TOKENS)
         self._hosts, self._max_adapters, self._collectives = hosts, max_adapters, collectives
@@ -158,10 +132,7 @@ class TritonOps:
         # First tag less one, number of local rank rows, owner of every row.
         self._static_meta = torch.zeros(2 + self.max_tokens, dtype=torch.int32, device=device)
         self._meta = self._static_meta
-        # For two layers in turn: the shrink of one may start before the last tile of the other has read its h.
-        self._words = torch.zeros(2, FUSED_TOKENS * MAX_SPLITS * SLICES * LIMIT, dtype=torch.int32, device=device)
-        self._side = torch.cuda.Stream(device) if second_stream and device.type == "cuda" else None
-        self._forked = False
+        self._words = torch.zeros(FUSED_TOKENS * MAX_SPLITS * SLICES * LIMIT, dtype=torch.int32, device=device)
         self._static_h: torch.Tensor | None = None
         self._static_combined: torch.Tensor | None = None
         self._rows: WeakKeyDictionary[AdapterShard, AdapterRows | None] = WeakKeyDictionary()
@@ -172,13 +143,13 @@ class TritonOps:
         self._combining = False
         self._width = self._combined_width = 0
 
-    def reserve(self, max_tokens: int, combines: bool, max_rank: int = 0, second_stream: bool = True) -> "TritonOps":
+    def reserve(self, max_tokens: int, combines: bool, max_rank: int = 0) -> "TritonOps":
         """The same with what graphs of max_tokens rows need.
 
         combines: also those whose adapters are put together over the ranks. max_rank: of such adapters that may be loaded later.
         """
         collectives = self._collectives if combines else None
-        other = TritonOps(self._arena, self._hosts, self._max_adapters, collectives, max_tokens, second_stream)
+        other = TritonOps(self._arena, self._hosts, self._max_adapters, collectives, max_tokens)
         other._rows = self._rows
         arena, tokens = self._arena, other.max_tokens
         # Several parts of K only where they come to no more than this many rows (_splits).
@@ -283,26 +254,23 @@ class TritonOps:
         """x W^T + bias with the batch's updates added."""
         plan, layer = self.plans[path], self.index.number[path]
         x_TK, tokens = x_TK.contiguous(), len(x_TK)
-        block_t = max(16, triton.next_power_of_2(tokens))
-        words = self._words[layer % 2]
-        if self._side is None:
-            self._shrink_beside(x_TK, words, plan, layer, block_t)
-        else:
-            self._side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._side):
-                self._shrink_beside(x_TK, words, plan, layer, block_t)
-            self._forked = True
+        block_t = max(_ROWS[0], triton.next_power_of_2(tokens))
+        tiles = plan.tiles[block_t]
         y_TN = x_TK.new_empty(tokens, plan.outputs)
-        linear_kernel[(plan.outputs // plan.block_n,)](
+        w_tiles = w_NK
+        if tiles.descriptor:
+            w_tiles = TensorDescriptor(w_NK, w_NK.shape, w_NK.stride(), [tiles.block_n, tiles.block_k])
+        linear_kernel[(tiles.programs + plan.outputs // tiles.block_n,)](
             x_TK,
             w_NK,
+            w_tiles,
             w_NK if bias_N is None else bias_N,
             y_TN,
             self._arena,
             self._local.rows[layer],
             self._meta,
             self._meta[2:],
-            words,
+            self._words,
             layer,
             tokens,
             plan.outputs,
@@ -310,55 +278,30 @@ class TritonOps:
             *plan.ends,
             LIMIT=LIMIT,
             SLICES=plan.slices,
-            SPLITS=plan.splits,
+            SPLITS=tiles.splits,
+            PROGRAMS=tiles.programs,
             BT=block_t,
-            BN=plan.block_n,
-            BK=plan.block_k if block_t <= 32 else min(plan.block_k, 128),
+            BN=tiles.block_n,
+            BK=tiles.block_k,
+            STAGES=tiles.stages,
             BR=ROWS,
-            LATE_BK=min(plan.shrink_k, 64),
+            SHRINK_BR=SHRINK_ROWS,
+            SHRINK_BK=tiles.shrink_k,
+            SHRINK_STAGES=tiles.shrink_stages,
+            LATE_BK=min(tiles.shrink_k, 64),
+            TILES=tiles.descriptor,
             BIAS=bias_N is not None,
-            num_warps=4,
-            num_stages=4,
+            num_warps=tiles.warps,
         )
-        if layer == len(self.index) - 1:
-            self._join()
         if self._combining and plan.combines:
             self._add_combined(y_TN, x_TK, plan, layer)
         return y_TN
-
-    def _shrink_beside(self, x_TK: torch.Tensor, words: torch.Tensor, plan: Plan, layer: int, block_t: int) -> None:
-        beside_kernel[(plan.splits, SHRINK_PROGRAMS, plan.slices)](
-            x_TK,
-            self._arena,
-            self._local.rows[layer],
-            self._meta,
-            self._meta[2:],
-            words,
-            layer,
-            len(x_TK),
-            plan.inputs,
-            LIMIT=LIMIT,
-            SLICES=plan.slices,
-            SPLITS=plan.splits,
-            BT=block_t,
-            BR=SHRINK_ROWS,
-            BK=plan.shrink_k,
-            num_warps=4,
-            num_stages=4,
-        )
-
-    def _join(self) -> None:
-        """Let what follows wait for the second stream, which is long done; a graph may not end with an open branch."""
-        if self._forked:
-            torch.cuda.current_stream().wait_stream(self._side)
-            self._forked = False
 
     def add_lora(self, y_TN: torch.Tensor, x_TK: torch.Tensor, path: str) -> None:
         """Add the batch's updates to y in place: for quantised layers and for more than FUSED_TOKENS rows."""
         plan = self.plans[path]
         if plan is None:
             return
-        self._join()
         x_TK, layer = x_TK.contiguous(), self.index.number[path]
         if self._static or self._local.used:
             splits, tokens = _splits(plan, len(x_TK)), len(x_TK)
@@ -406,7 +349,7 @@ class TritonOps:
             BT=_tile(tokens),
             BR=rows,
             # Four such loads of x and A fit beside another program's.
-            BK=_divisor(min(256, 2 ** (16384 // (_tile(tokens) + rows)).bit_length() // 2), plan.inputs // splits),
+            BK=divisor(min(256, 2 ** (16384 // (_tile(tokens) + rows)).bit_length() // 2), plan.inputs // splits),
             num_warps=4,
             num_stages=4,
         )
@@ -433,6 +376,11 @@ class TritonOps:
             BR=16,
             num_warps=4,
         )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """As many as the shapes of tests need where there is no GPU: the interpreter runs block after block."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 20
 
 
 def _tile(tokens: int) -> int:

@@ -1,9 +1,12 @@
 """The Triton kernels against the torch operations: ragged batches, mixed structures and ranks, every popularity of adapters."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.kernels.common import without_shrink
 from sgl_bdlora.kernels.batch import make_batch
 from sgl_bdlora.kernels.torch_ops import add_lora
 from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS, TritonOps
@@ -133,12 +136,24 @@ def test_linear_with_the_expand_in_its_epilogue(engine, device, popularity, bias
 
 
 def test_a_tile_whose_shrink_does_not_come_computes_it(engine, device, monkeypatch):
-    """Nothing depends on the second stream's progress: not a deadlock, not a wrong sum."""
+    """Nothing depends on the progress of the programs that compute it: not a deadlock, not a wrong sum."""
     ops, batch, x = case(engine, device, "uniform", 5)
     weight = torch.zeros(sum(N), K).to(x)
     wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, PATHS[0])
-    monkeypatch.setattr(ops, "_shrink_beside", lambda *args: None)
+    monkeypatch.setattr(ops, "plans", {path: without_shrink(plan) for path, plan in ops.plans.items()})
     assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
+
+
+def test_weights_through_a_descriptor(engine, device, monkeypatch):
+    ops, batch, x = case(engine, device, "skewed", 6, static=True)
+    weight = (torch.randn(sum(N), K, generator=torch.Generator().manual_seed(4)) * 0.1).to(x)
+    plans = dict(ops.plans)
+    for descriptor in (False, True):
+        plan = plans[PATHS[0]]
+        tiles = {rows: replace(t, descriptor=descriptor) for rows, t in plan.tiles.items()}
+        monkeypatch.setitem(ops.plans, PATHS[0], replace(plan, tiles=tiles))
+        wanted = reference(engine[0], batch, x.float() @ weight.float().T, x, PATHS[0])
+        assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
 
 
 def test_stale_sums_are_not_taken(engine, device):

@@ -1,0 +1,106 @@
+"""Tile sizes of the linear kernel (sgl_bdlora/kernels/tiles.py), swept: one kind of layer at a time, 32 of them in a CUDA graph.
+
+    python -m benchmarks.kernels.tune [--tp 2] [--tokens 8 32] [--adapters 4] [--only qkv_proj ...] [--quick] [--output FILE]
+
+Every product stands behind a pause of 6 us and a small kernel, as behind the all-reduce, norm or attention of a model (down_proj: the
+small kernel only). Microseconds a layer, less those of the same graph without products; cuBLAS without LoRA and what tiles.py chooses come
+first, then variants of it, best first.
+"""
+
+import itertools
+import sys
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+import triton
+
+from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
+from benchmarks.kernels.shapes import hosts
+from benchmarks.record import Rows
+
+LAYERS = 32
+PAUSE = 12_000
+WIDTHS = ((16, 256), (32, 128), (32, 256), (64, 128), (64, 256), (128, 64), (128, 128))
+
+
+def variants(tiles, outputs: int, inputs: int, quick: bool):
+    """tiles with other widths, stages, warps, descriptors and programs for h; quick: one change at a time."""
+    yield tiles
+    near = [replace(tiles, programs=programs) for programs in (4, 12, 24, 36, 68)]
+    near += [replace(tiles, stages=tiles.stages + more) for more in (-1, 1)]
+    near += [replace(tiles, descriptor=not tiles.descriptor), replace(tiles, warps=12 - tiles.warps)]
+    near += [replace(tiles, shrink_k=k) for k in (64, 128, 256) if inputs // tiles.splits % k == 0]
+    wide = []
+    for (block_n, block_k), stages, descriptor in itertools.product(WIDTHS, (4, 6), (False, True)):
+        if outputs % block_n == 0 and inputs % block_k == 0:
+            warps = 8 if block_n >= 128 else 4
+            wide.append(
+                replace(tiles, block_n=block_n, block_k=block_k, stages=stages, warps=warps, descriptor=descriptor)
+            )
+    if not quick:
+        wide = [replace(t, programs=p) for t in wide for p in (4, 12, 36)]
+    yield from (t for t in near + wide if t != tiles)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = parser_for("tune", __doc__, rank=12, repeats=12)
+    add = parser.add_argument
+    add("--tokens", type=int, nargs="+", default=[8, 32])
+    add("--adapters", type=int, default=4)
+    add("--only", nargs="+", metavar="LAYER", help="these kinds of layers (default: all four)")
+    add("--quick", action="store_true", help="fewer variants")
+    args = parse(parser, argv)
+    rows = Rows(args.output, tp=args.tp)
+    layers = hosts("8b", args.tp, LAYERS)
+    ops, residents = on_device(layers, args.adapters, args.rank, max(args.tokens))
+    for kind in dict.fromkeys(host.path.rpartition(".")[2] for host in layers):
+        if args.only and kind not in args.only:
+            continue
+        paths = [host.path for host in layers if host.path.endswith(kind)]
+        plan = ops.plans[paths[0]]
+        weights = [torch.randn(plan.outputs, plan.inputs, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in paths]
+        pause = 0 if kind == "down_proj" else PAUSE
+        for tokens in args.tokens:
+            x = torch.randn(tokens, plan.inputs, device="cuda", dtype=torch.bfloat16)
+            count = min(args.adapters, tokens)
+            batch = (residents[:count], np.arange(tokens, dtype=np.int32) % count)
+            block_t = max(16, triton.next_power_of_2(tokens))
+
+            def us(product, batch=batch, x=x, weights=weights, paths=paths, pause=pause):
+                def run():
+                    for w, path in zip(weights, paths, strict=True):
+                        if pause:
+                            torch.cuda._sleep(pause)
+                        x.neg_()
+                        product(x, w, path)
+
+                return graph_ms(run, lambda: ops.set_batch(*batch, static=True), args.repeats) * 1e3 / len(paths)
+
+            around = us(lambda x, w, path: None)
+            cublas = us(lambda x, w, path: torch.mm(x, w.T)) - around
+            print(f"{kind} {tokens} tokens, {count} adapters: cuBLAS {cublas:.2f} us", flush=True)
+            found = []
+            for tiles in variants(plan.tiles[block_t], plan.outputs, plan.inputs, args.quick):
+                for path in paths:
+                    ops.plans[path] = replace(plan, tiles={**plan.tiles, block_t: tiles})
+                try:
+                    found.append((us(lambda x, w, path: ops.linear(x, w, None, path)) - around, tiles))
+                except triton.runtime.errors.OutOfResources:
+                    continue
+                finally:
+                    for path in paths:
+                        ops.plans[path] = plan
+                rows.write(
+                    layer=kind, tokens=tokens, adapters=count, rank=args.rank, cublas_us=cublas, linear_us=found[-1][0],
+                    **asdict(tiles),
+                )  # fmt: skip
+            print(f"  {found[0][0]:6.2f} chosen {found[0][1]}", flush=True)
+            for time, tiles in sorted(found, key=lambda pair: pair[0])[:6]:
+                print(f"  {time:6.2f} {tiles}", flush=True)
+    print(rows.path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Tile sizes of the linear kernel (fused.py), for a layer's shape and a number of rows.
+
+Swept on one H200, 2026-11-22, the four layers of Llama-3.1-8B at TP 2, 1 to 64 rows, 4 adapters (benchmarks/kernels/tune.py). What held for
+all of them: the launch should be one wave. Every tile is a whole multiprocessor's shared memory, because the weights' stream needs that much in
+flight, and the programs that compute h run on multiprocessors that have no tile. A launch of a few blocks more than
+multiprocessors costs up to twice the time. So tiles are as narrow as leaves room for them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Blocks that compute h: at least, where the tiles leave so many places, and at most.
+FEWEST, MOST = 12, 36
+# Shared memory that the loops of one block may use, bytes; two thirds where several blocks come to a multiprocessor.
+SHARED = 150_000
+WIDTHS = (16, 32, 64, 128)
+SHRINK_ROWS = 16
+# Parts of K that h is computed in.
+MAX_SPLITS = 2
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """block_n x block_k of W at a time in `stages` buffers by `warps` warps; descriptor: through a tensor descriptor.
+
+    programs: blocks that compute h, shrink_k inputs at a time in shrink_stages buffers, K in `splits` parts.
+    """
+
+    block_n: int
+    block_k: int
+    stages: int
+    warps: int
+    descriptor: bool
+    programs: int
+    splits: int
+    shrink_k: int
+    shrink_stages: int
+
+
+def tiles_for(ends: Sequence[int], inputs: int, block_t: int, multiprocessors: int) -> Tiles | None:
+    """For a layer of `inputs` whose slices' outputs end at `ends`, and block_t (16, 32, 64) rows; None if the shapes do not divide."""
+    widths = [n for n in WIDTHS if all(end % n == 0 for end in ends)]
+    if not widths:
+        return None
+    block_n = next((n for n in widths if ends[-1] // n + FEWEST <= multiprocessors), widths[-1])
+    blocks = ends[-1] // block_n
+    block_k = divisor(256 if block_n <= 64 and block_t <= 32 else 128, inputs)
+    splits, shrink_k = _shrink_parts(inputs, 256 if block_t == 16 else 128)
+    if min(block_k, shrink_k) < 16:
+        return None
+    shared = SHARED if blocks + FEWEST <= multiprocessors else SHARED * 2 // 3
+    return Tiles(
+        block_n,
+        block_k,
+        stages=_stages(shared, (block_t + block_n) * block_k, 6),
+        warps=8 if block_n >= 128 else 4,
+        descriptor=block_n == 64,
+        programs=min(MOST, max(FEWEST, multiprocessors - blocks)),
+        splits=splits,
+        shrink_k=shrink_k,
+        shrink_stages=_stages(shared, (block_t + SHRINK_ROWS) * shrink_k, 8),
+    )
+
+
+def _stages(shared: int, numbers: int, most: int) -> int:
+    """Pipeline stages, one more than buffers, where so many 16-bit numbers go into a buffer."""
+    return max(2, min(most, shared // (numbers * 2) + 1))
+
+
+def _shrink_parts(inputs: int, most: int) -> tuple[int, int]:
+    """Parts of K for the shrink and the inputs that it reads at once: fewest rounds of loads, then most parts."""
+    blocks = {n: divisor(most, inputs // n) for n in range(1, MAX_SPLITS + 1) if inputs % n == 0}
+    splits = min(blocks, key=lambda n: (inputs // n // blocks[n], -n))
+    return splits, blocks[splits]
+
+
+def divisor(block: int, *sizes: int) -> int:
+    """The largest of block, block / 2, ... that divides all sizes."""
+    while block > 1 and any(size % block for size in sizes):
+        block //= 2
+    return block
