@@ -1,6 +1,6 @@
 """Tile sizes of the linear kernel (sgl_bdlora/kernels/tiles.py), swept: one kind of layer at a time, 32 of them in a CUDA graph.
 
-    python -m benchmarks.kernels.tune [--tp 2] [--tokens 8 32] [--adapters 4] [--only qkv_proj ...] [--quick] [--output FILE]
+    python -m benchmarks.kernels.tune [--tp 2] [--tokens 8 32] [--adapters 4] [--only qkv_proj ...] [--quick | --chosen]
 
 Every product stands behind a pause of 6 us and a small kernel, as behind the all-reduce, norm or attention of a model (down_proj: the
 small kernel only). Microseconds a layer, less those of the same graph without products; cuBLAS without LoRA and what tiles.py chooses come
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--adapters", type=int, default=4)
     add("--only", nargs="+", metavar="LAYER", help="these kinds of layers (default: all four)")
     add("--quick", action="store_true", help="fewer variants")
+    add("--chosen", action="store_true", help="none: only what tiles.py chooses")
     args = parse(parser, argv)
     rows = Rows(args.output, tp=args.tp)
     layers = hosts("8b", args.tp, LAYERS)
@@ -80,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
             around = us(lambda x, w, path: None)
             cublas = us(lambda x, w, path: torch.mm(x, w.T)) - around
             print(f"{kind} {tokens} tokens, {count} adapters: cuBLAS {cublas:.2f} us", flush=True)
-            found = []
-            for tiles in variants(plan.tiles[block_t], plan.outputs, plan.inputs, args.quick):
+            chosen, found = plan.tiles[block_t], []
+            for tiles in [chosen] if args.chosen else variants(chosen, plan.outputs, plan.inputs, args.quick):
                 for path in paths:
                     ops.plans[path] = replace(plan, tiles={**plan.tiles, block_t: tiles})
                 try:

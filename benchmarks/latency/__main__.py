@@ -11,6 +11,7 @@ Rows are appended to benchmarks/results/ as soon as a point is measured; plots a
 
 import argparse
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -42,11 +43,15 @@ from .mixes import Adapter, Mix, adapters_of, mix
 MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
 
 
-def lengths(text: str) -> tuple[int, int]:
-    prompt, slash, output = text.partition("/")
-    if not (slash and prompt.isdigit() and output.isdigit() and int(prompt) and int(output) > 1):
-        raise argparse.ArgumentTypeError(f"{text!r}: has to be PROMPT/OUTPUT tokens like 128/128, output at least 2")
-    return int(prompt), int(output)
+def lengths(text: str) -> tuple[int, int, int | None]:
+    """Prompt and output tokens, and the one batch to measure with them, if there is only one."""
+    found = re.fullmatch(r"(\d+)/(\d+)(?:@(\d+))?", text)
+    prompt, output, batch = (int(n) if n else None for n in found.groups()) if found else (0, 0, None)
+    if not prompt or output < 2 or batch == 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: has to be PROMPT/OUTPUT tokens like 128/128, output at least 2, or with one batch like 2048/16@8"
+        )
+    return prompt, output, batch
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -61,7 +66,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--layers", type=int, help="layers of it (default: all)")
     add("--tiny", action="store_true", help="a tiny model instead")
     add("--batches", type=int, nargs="+", default=[1, 8, 32], help="requests in a batch (default: 1 8 32)")
-    add("--lengths", type=lengths, nargs="+", default=[(128, 128)], metavar="IN/OUT", help="tokens (default: 128/128)")
+    add(
+        "--lengths",
+        type=lengths,
+        nargs="+",
+        default=[(128, 128, None)],
+        metavar="IN/OUT[@BATCH]",
+        help="tokens, of every batch or of one (default: 128/128)",
+    )
     add(
         "--mixes", type=mix, nargs="+", default=[mix("16x4")], metavar="RxN", help="adapters of a batch (default: 16x4)"
     )
@@ -86,7 +98,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.device == "cuda" and gpu_name() is None:
         parser.error("there is no NVIDIA GPU here; say --device cpu --tiny to try the benchmark without one")
     if args.tiny:
-        args.lengths = [(min(prompt, 32), min(output, 8)) for prompt, output in args.lengths]
+        args.lengths = [(min(prompt, 32), min(output, 8), batch) for prompt, output, batch in args.lengths]
+    args.largest = max([*args.batches, *(batch or 0 for _, _, batch in args.lengths)])
     return args
 
 
@@ -153,7 +166,7 @@ class Latency:
 
     def _setup(self, names: list[str]) -> Setup:
         args = self.args
-        longest = max(prompt for prompt, _ in args.lengths)
+        most = max(prompt * (batch or max(args.batches)) for prompt, _, batch in args.lengths)
         # A server is told no larger rank than it serves: SGLang's own LoRA pads all adapters to it.
         ranks = [rank for name, rank in self.ranks.items() if name in names]
         # Room for every adapter, and what uneven pieces and alignment add.
@@ -163,10 +176,10 @@ class Latency:
             str(self.shape.dtype).removeprefix("torch."),
             args.tp,
             args.device,
-            max(args.batches),
+            args.largest,
             max(m.adapters for m in args.mixes) + 1,
             max(ranks, default=1),
-            min(max(args.batches) * longest, 16384),
+            min(most, 16384),
             int(pool),
             tuple(args.extra_arguments.split()),
         )
@@ -189,8 +202,8 @@ class Latency:
 
     def _measure(self, url: str, server: str, arm: str, chosen: Mix, ratio: float | None) -> None:
         adapters = [] if arm in BASE_ONLY else adapters_of(chosen, ratio)
-        for prompt, output in self.args.lengths:
-            for batch in self.args.batches:
+        for prompt, output, only in self.args.lengths:
+            for batch in [only] if only else self.args.batches:
                 names = [adapters[i % len(adapters)].name for i in range(batch)] if adapters else None
                 first, whole = self._time(url, batch, prompt, output, names)
                 row = self.rows.write(

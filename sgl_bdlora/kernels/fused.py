@@ -244,10 +244,10 @@ def linear_kernel(
 ):
     """y = x w^T + bias + h B^T. Grid: (PROGRAMS for h + N / BN tiles,).
 
-    x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK, SPLITS * SHRINK_BK and LATE_BK, slices by BN. w_tiles: with TILES a
-    tensor descriptor of w, which is read through it. h (SPLITS, BT, SLICES, LIMIT) int32: tagged sums over SPLITS equal parts of K; only
-    words of a row's own adapter are written. PROGRAMS may be 0: then every tile computes its own. meta: first tag less one, number of rank rows. end0, end1: where the outputs of the
-    first and of the second slice end; N where there is no further slice.
+    x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK, SPLITS * SHRINK_BK and LATE_BK, slices by BN. w_tiles: a tensor
+    descriptor of w, which is read through it if TILES. h (SPLITS, BT, SLICES, LIMIT) int32: tagged sums over SPLITS equal parts of K; only
+    words of a row's own adapter are written. PROGRAMS may be 0: then every tile computes its own. meta: first tag less one, number of rank
+    rows. end0, end1: where the outputs of the first and of the second slice end; N where there is no further slice.
     """
     t = tl.arange(0, BT)
     owner_T = tl.load(owners + t, mask=t < T, other=-1)

@@ -1,9 +1,9 @@
 """Tile sizes of the linear kernel (fused.py), for a layer's shape and a number of rows.
 
-Swept on one H200, 2026-11-22, the four layers of Llama-3.1-8B at TP 2, 1 to 64 rows, 4 adapters (benchmarks/kernels/tune.py). What held for
-all of them: the launch should be one wave. Every tile is a whole multiprocessor's shared memory, because the weights' stream needs that much in
-flight, and the programs that compute h run on multiprocessors that have no tile. A launch of a few blocks more than
-multiprocessors costs up to twice the time. So tiles are as narrow as leaves room for them.
+Swept on one H200, 2026-11-22, the four layers of Llama-3.1-8B at TP 2, 1 to 64 rows, 4 adapters (benchmarks/kernels/tune.py). What held
+for all of them: the launch should be one wave. A tile takes most of a multiprocessor's shared memory, because the weights' stream needs
+that much in flight, and the programs that compute h run on multiprocessors that have no tile. A launch of a few blocks more than there are
+multiprocessors costs up to twice the time. So tiles are as narrow as leaves room for those programs.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, multiprocessors: i
         return None
     block_n = next((n for n in widths if ends[-1] // n + FEWEST <= multiprocessors), widths[-1])
     blocks = ends[-1] // block_n
-    block_k = divisor(256 if block_n <= 64 and block_t <= 32 else 128, inputs)
+    block_k = divisor(256 if block_n <= 64 and block_t == 16 else 128, inputs)
     splits, shrink_k = _shrink_parts(inputs, 256 if block_t == 16 else 128)
     if min(block_k, shrink_k) < 16:
         return None
@@ -54,7 +54,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, multiprocessors: i
         block_k,
         stages=_stages(shared, (block_t + block_n) * block_k, 6),
         warps=8 if block_n >= 128 else 4,
-        descriptor=block_n == 64,
+        descriptor=block_n == 64 and block_t == 16,
         programs=min(MOST, max(FEWEST, multiprocessors - blocks)),
         splits=splits,
         shrink_k=shrink_k,
