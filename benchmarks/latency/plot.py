@@ -83,8 +83,11 @@ def draw(rows: list[dict], target: Path) -> None:
         latency.set(title=f"{place[0]} in / {place[1]} out", ylabel="decode step, ms")
         ratio.set(ylabel="by the step without LoRA", xlabel="requests in the batch")
         ratio.axhline(1, color="black", lw=0.8)
+        batches = sorted({row["batch"] for row in here})
         for panel in (latency, ratio):
             panel.set_xscale("log", base=2)
+            panel.set_xticks(batches, [str(batch) for batch in batches])
+            panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     first = rows[0]

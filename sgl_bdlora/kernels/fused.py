@@ -68,7 +68,6 @@ def shrink_tile(
     BT: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
-    STAGES: tl.constexpr = 4,
 ):
     """scale * x A^T over k_count inputs from k_first on: (BT, BR) float32, zero in rows t >= T."""
     a_off = tl.multiple_of(tl.load(table + A_FIELD * LIMIT + r), 8)
@@ -77,7 +76,7 @@ def shrink_tile(
     x0 = tl.multiple_of(low(span), 8)
     x1 = tl.multiple_of(high(span), 8)
     acc = tl.zeros((BT, BR), dtype=tl.float32)
-    for k0 in tl.range(0, k_count, BK, num_stages=STAGES):
+    for k0 in tl.range(0, k_count, BK, num_stages=4):
         k = k_first + k0 + tl.arange(0, BK)
         x_TK = tl.load(x + t[:, None].to(tl.int64) * K + k[None, :], mask=(t < T)[:, None], other=0.0)
         inside = tl.max_constancy((k[:, None] >= x0[None, :]) & (k[:, None] < x1[None, :]), [8, 1])
@@ -156,12 +155,13 @@ def _expand_tile(
 @triton.jit
 def read_b(arena, table, r, n, LIMIT: tl.constexpr):
     """(BR, BN) of B, zero outside the rows' spans."""
-    return _read_b(arena, tl.load(table + B_FIELD * LIMIT + r), tl.load(table + Y_FIELD * LIMIT + r), n)
+    b_off = tl.multiple_of(tl.load(table + B_FIELD * LIMIT + r), 8)
+    return _read_b(arena, b_off, tl.load(table + Y_FIELD * LIMIT + r), n)
 
 
 @triton.jit
 def _read_b(arena, b_off, span, n):
-    b_off = tl.multiple_of(b_off, 8)
+    """The same from loaded fields; b_off has to be declared a multiple of 8 where it is loaded, or B is read two bytes at a time."""
     y0 = tl.multiple_of(low(span), 8)
     y1 = tl.multiple_of(high(span), 8)
     inside = tl.max_constancy((n[None, :] >= y0[:, None]) & (n[None, :] < y1[:, None]), [1, 8])
@@ -184,7 +184,7 @@ def _shrink(
     owner_T,
     tag,
     T,
-    K,
+    K: tl.constexpr,
     LIMIT: tl.constexpr,
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -192,18 +192,17 @@ def _shrink(
     BT: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """This program's pieces of h: BR rank rows of a slice, over a part of K."""
     groups = tl.cdiv(n_rows, BR)
-    k_count = tl.multiple_of(K // SPLITS, 16)
+    k_count: tl.constexpr = K // SPLITS
     for piece in range(tl.program_id(0), groups * SPLITS * SLICES, PROGRAMS):
         split = piece % SPLITS
         s = piece // SPLITS // groups
         r = piece // SPLITS % groups * BR + tl.arange(0, BR)
         rows = table + s * 5 * LIMIT
         own = owner_T[:, None] == low(tl.load(rows + OWNER_FIELD * LIMIT + r))[None, :]
-        v = shrink_tile(x, arena, rows, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK, STAGES)
+        v = shrink_tile(x, arena, rows, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK)
         place = ((split * BT + t[:, None]) * SLICES + s) * LIMIT + r[None, :]
         tl.store(h + place, _tagged(v, tag), mask=own)
 
@@ -223,7 +222,7 @@ def linear_kernel(
     layer,
     T,
     N,
-    K,
+    K: tl.constexpr,
     end0,
     end1,
     LIMIT: tl.constexpr,
@@ -237,7 +236,6 @@ def linear_kernel(
     BR: tl.constexpr,
     SHRINK_BR: tl.constexpr,
     SHRINK_BK: tl.constexpr,
-    SHRINK_STAGES: tl.constexpr,
     LATE_BK: tl.constexpr,
     TILES: tl.constexpr,
     BIAS: tl.constexpr,
@@ -257,7 +255,7 @@ def linear_kernel(
         if tl.program_id(0) < PROGRAMS:
             _shrink(
                 x, arena, table, h, n_rows, t, owner_T, _tag(first_tag, layer),
-                T, K, LIMIT, SLICES, SPLITS, PROGRAMS, BT, SHRINK_BR, SHRINK_BK, SHRINK_STAGES,
+                T, K, LIMIT, SLICES, SPLITS, PROGRAMS, BT, SHRINK_BR, SHRINK_BK,
             )  # fmt: skip
             return
     n0 = (tl.program_id(0) - PROGRAMS) * BN
@@ -266,16 +264,16 @@ def linear_kernel(
     table += s * 5 * LIMIT
     r = tl.arange(0, BR)
     owners_R = tl.load(table + OWNER_FIELD * LIMIT + r)
-    b_off = tl.load(table + B_FIELD * LIMIT + r)
+    b_off = tl.multiple_of(tl.load(table + B_FIELD * LIMIT + r), 8)
     span = tl.load(table + Y_FIELD * LIMIT + r)
     k = tl.arange(0, BK)
     acc = tl.zeros((BT, BN), dtype=tl.float32)
     for k0 in tl.range(0, K, BK, num_stages=STAGES):
-        x_TK = tl.load(x + t[:, None] * K + (k0 + k)[None, :], mask=(t < T)[:, None], other=0.0)
         if TILES:
             w_KN = w_tiles.load([n0, k0]).T
         else:
             w_KN = tl.load(w + n[None, :].to(tl.int64) * K + (k0 + k)[:, None])
+        x_TK = tl.load(x + t[:, None] * K + (k0 + k)[None, :], mask=(t < T)[:, None], other=0.0)
         acc = tl.dot(x_TK, w_KN, acc)
     if BIAS:
         acc += tl.load(bias + n).to(tl.float32)[None, :]

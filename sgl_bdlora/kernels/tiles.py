@@ -12,7 +12,7 @@ from dataclasses import dataclass
 # Blocks that compute h: at least, where the tiles leave so many places, and at most.
 FEWEST, MOST = 12, 36
 # Shared memory that the loops of one block may use, bytes; two thirds where several blocks come to a multiprocessor.
-SHARED = 150_000
+SHARED = 147_000
 WIDTHS = (16, 32, 64, 128)
 SHRINK_ROWS = 16
 # Parts of K that h is computed in.
@@ -23,7 +23,7 @@ MAX_SPLITS = 2
 class Tiles:
     """block_n x block_k of W at a time in `stages` buffers by `warps` warps; descriptor: through a tensor descriptor.
 
-    programs: blocks that compute h, shrink_k inputs at a time in shrink_stages buffers, K in `splits` parts.
+    programs: blocks that compute h, shrink_k inputs at a time, K in `splits` parts.
     """
 
     block_n: int
@@ -34,7 +34,6 @@ class Tiles:
     programs: int
     splits: int
     shrink_k: int
-    shrink_stages: int
 
 
 def tiles_for(ends: Sequence[int], inputs: int, block_t: int, multiprocessors: int) -> Tiles | None:
@@ -52,19 +51,14 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, multiprocessors: i
     return Tiles(
         block_n,
         block_k,
-        stages=_stages(shared, (block_t + block_n) * block_k, 6),
+        # One more than buffers of 16-bit numbers.
+        stages=max(2, min(6, shared // ((block_t + block_n) * block_k * 2) + 1)),
         warps=8 if block_n >= 128 else 4,
         descriptor=block_n == 64 and block_t == 16,
         programs=min(MOST, max(FEWEST, multiprocessors - blocks)),
         splits=splits,
         shrink_k=shrink_k,
-        shrink_stages=_stages(shared, (block_t + SHRINK_ROWS) * shrink_k, 8),
     )
-
-
-def _stages(shared: int, numbers: int, most: int) -> int:
-    """Pipeline stages, one more than buffers, where so many 16-bit numbers go into a buffer."""
-    return max(2, min(most, shared // (numbers * 2) + 1))
 
 
 def _shrink_parts(inputs: int, most: int) -> tuple[int, int]:

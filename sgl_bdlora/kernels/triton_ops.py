@@ -287,7 +287,6 @@ class TritonOps:
             BR=ROWS,
             SHRINK_BR=SHRINK_ROWS,
             SHRINK_BK=tiles.shrink_k,
-            SHRINK_STAGES=tiles.shrink_stages,
             LATE_BK=min(tiles.shrink_k, 64),
             TILES=tiles.descriptor,
             BIAS=bias_N is not None,
