@@ -1,7 +1,7 @@
 """Model and adapters of the benchmark: real shapes, random weights, no download."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from sgl_bdlora.adapters.inspect import report
 ROW = ("o_proj", "down_proj")
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 MODULES = (*COLUMN, *ROW)
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,10 @@ class _Draw:
         return matrix.to(self._dtype)
 
 
-def parameters(shape: Shape, rank: int, nblocks: int | None) -> int:
-    """Of one adapter on all seven modules; a block-diagonal factor stores only its blocks."""
+def parameters(shape: Shape, rank: int, nblocks: int | None, modules: Sequence[str] = MODULES) -> int:
+    """Of one adapter on these modules of every layer; a block-diagonal factor stores only its blocks."""
     total = 0
-    for module in MODULES:
+    for module in modules:
         inputs, outputs = shape.linear(module)
         a, b = rank * inputs, rank * outputs
         if nblocks and module in ROW:
@@ -122,14 +123,16 @@ def parameters(shape: Shape, rank: int, nblocks: int | None) -> int:
     return total * shape.layers
 
 
-def matched_rank(shape: Shape, rank: int, nblocks: int, ratio: float = 1.0) -> int:
+def matched_rank(shape: Shape, rank: int, nblocks: int, ratio: float = 1.0, modules: Sequence[str] = MODULES) -> int:
     """Rank of the block-diagonal adapter, a multiple of nblocks, whose parameters come closest to `ratio` times a plain one's of `rank`."""
-    target = ratio * parameters(shape, rank, None)
+    target = ratio * parameters(shape, rank, None, modules)
     candidates = range(nblocks, 4 * rank + nblocks, nblocks)
-    return min(candidates, key=lambda r: abs(parameters(shape, r, nblocks) - target))
+    return min(candidates, key=lambda r: abs(parameters(shape, r, nblocks, modules) - target))
 
 
-def write_adapter(shape: Shape, folder: Path, rank: int, nblocks: int | None, seed: int) -> Path:
+def write_adapter(
+    shape: Shape, folder: Path, rank: int, nblocks: int | None, seed: int, modules: Sequence[str] = MODULES
+) -> Path:
     """PEFT's format; updates move a layer's output by about a tenth of its size."""
     folder.mkdir(parents=True, exist_ok=True)
     config: dict = {
@@ -140,20 +143,20 @@ def write_adapter(shape: Shape, folder: Path, rank: int, nblocks: int | None, se
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": list(MODULES),
+        "target_modules": list(modules),
     }
     if nblocks:
         config["use_bdlora"] = {
             "nblocks": nblocks,
-            "target_modules_bd_a": list(ROW),
-            "target_modules_bd_b": list(COLUMN),
+            "target_modules_bd_a": [module for module in modules if module in ROW],
+            "target_modules_bd_b": [module for module in modules if module in COLUMN],
             "match_strict": True,
         }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     draw_a, draw_b = _Draw(shape.dtype, 2 * seed), _Draw(shape.dtype, 2 * seed + 1, gain=0.1)
     weights = {}
     for layer in range(shape.layers):
-        for module in MODULES:
+        for module in modules:
             inputs, outputs = shape.linear(module)
             prefix = f"base_model.model.{path_of(layer, module)}"
             weights[f"{prefix}.lora_A.weight"] = draw_a(rank, inputs // (nblocks or 1) if module in ROW else inputs)

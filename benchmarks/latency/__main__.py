@@ -2,10 +2,12 @@
 
     python -m benchmarks.latency --tp 2                                   # 2 GPUs, Llama-3.1-8B shape, about 6 minutes
     python -m benchmarks.latency --tp 2 --batches 1 8 32 128 --lengths 128/128 1024/128 2048/512 128/1024 --mixes 16x1 16x4 64x4 128x16
+    python -m benchmarks.latency --tp 8 --output rows.jsonl --resume --minutes 9   # again and again, until nothing is left
     python -m benchmarks.latency --device cpu --tiny                      # tries the benchmark itself
 
 Each point is a batch of equal requests sent at once, repeated; a decode step is the time of the whole batch less that of its first
-tokens, by the tokens between. The server without LoRA runs first and last; the difference is the machine's drift.
+tokens, by the tokens between. The server without LoRA runs first and last; the difference is the machine's drift. With --resume it
+does so in every run, and ratios are to the rows of the same run; other points that the file has are not measured again.
 Rows are appended to benchmarks/results/ as soon as a point is measured; plots are drawn at the end.
 """
 
@@ -17,14 +19,17 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 from tqdm import tqdm
 
 from benchmarks.files import (
+    ATTENTION,
     LLAMA_8B,
     LLAMA_70B,
+    MODULES,
     TINY,
     Shape,
     bytes_per_rank,
@@ -34,13 +39,14 @@ from benchmarks.files import (
     write_model,
 )
 from benchmarks.process import ServerProcess, StartFailed, free_port
-from benchmarks.record import RESULTS, Rows, gpu_name
+from benchmarks.record import RESULTS, Rows, gpu_name, read_rows
 
 from . import plot
 from .arms import ARMS, BASE_ONLY, SERVERS, Setup, command
 from .mixes import Adapter, Mix, adapters_of, mix
 
 MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
+TARGETS = {"all": MODULES, "attention": ATTENTION}
 
 
 def lengths(text: str) -> tuple[int, int, int | None]:
@@ -84,6 +90,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         default=[1.0],
         help="parameters of block-diagonal adapters by plain ones' (default: 1)",
     )
+    add("--modules", choices=list(TARGETS), default="all", help="that adapters change: all seven, or attention only")
     add("--nblocks", type=int, help="of block-diagonal adapters (default: --tp, but at least 2)")
     add("--repeats", type=int, default=5)
     add("--extra-arguments", default="", metavar="WORDS", help="further arguments of all servers, one string")
@@ -92,7 +99,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--files", type=Path, help="where model and adapters are kept for the next run (default: a temporary directory)"
     )
     add("--output", type=Path, help="results file (default: benchmarks/results/latency-<time>.jsonl)")
+    add("--resume", action="store_true", help="skip the points that --output has")
+    add("--minutes", type=float, help="start no point after so many; exit status 3 if some are left")
     args = parser.parse_args(argv)
+    if args.resume and not args.output:
+        parser.error("--resume needs --output, the file of the run to go on with")
     args.nblocks = args.nblocks or max(2, args.tp)
     args.output = args.output or RESULTS / time.strftime("latency-%Y%m%dT%H%M%SZ.jsonl", time.gmtime())
     if args.device == "cuda" and gpu_name() is None:
@@ -112,17 +123,41 @@ def main(argv: list[str] | None = None) -> int:
         return Latency(args, shape, Path(folder)).run()
 
 
+@dataclass(frozen=True)
+class Point:
+    """What one row of the results measures. ratio: as wanted, of block-diagonal adapters; prompt, output: tokens."""
+
+    arm: str
+    mix: Mix
+    ratio: float | None
+    batch: int
+    prompt: int
+    output: int
+
+
 class Latency:
     """One run: files, then each server and the points of its arms."""
 
     def __init__(self, args: argparse.Namespace, shape: Shape, folder: Path):
         self.args, self.shape = args, shape
         self.folder = folder / f"{shape.name.replace(' ', '-')}-{shape.layers}"
+        self.modules = TARGETS[args.modules]
         self.points: list[dict] = []
+        self.end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+        self.left = 0
         self.rows = Rows(
             args.output, benchmark="latency", device=args.device, model=shape.name, layers=shape.layers, tp=args.tp,
-            repeats=args.repeats, extra_arguments=args.extra_arguments,
+            repeats=args.repeats, extra_arguments=args.extra_arguments, modules=args.modules,
         )  # fmt: skip
+        if args.resume and args.output.exists():
+            self.points = [row for row in read_rows(args.output) if self._is_point_of_this(row)]
+            print(f"{len(self.points)} points are in {args.output}", flush=True)
+
+    def _is_point_of_this(self, row: dict) -> bool:
+        """Whether an earlier run measured the same model at the same size."""
+        args = self.args
+        wanted = ("point", self.shape.name, self.shape.layers, args.tp, args.modules)
+        return (row["kind"], row["model"], row["layers"], row["tp"], row.get("modules", "all")) == wanted
 
     def run(self) -> int:
         args = self.args
@@ -133,17 +168,40 @@ class Latency:
         self.paths = self._write_adapters()
         failed = False
         for server, arms in SERVERS.items():
-            arms = [arm for arm in arms if arm in args.arms]
-            if not arms:
+            todo = [point for arm in arms if arm in args.arms for point in self._todo(server, arm)]
+            if not todo:
+                continue
+            if server != "no-lora again" and time.monotonic() > self.end:
+                self.left += len(todo)
                 continue
             try:
-                self._run_server(server, arms)
+                self._run_server(server, todo)
             except (StartFailed, httpx.HTTPError) as error:
                 failed = True
                 self.rows.write(kind="error", server=server, message=str(error))
                 print(f"{server}: {error}", file=sys.stderr, flush=True)
         self._summarize()
-        return 1 if failed else 0
+        if self.left:
+            print(f"left: {self.left} points; the same command with --resume goes on")
+        return 1 if failed else 3 if self.left else 0
+
+    def _todo(self, server: str, arm: str) -> list["Point"]:
+        """The points of an arm that are still to be measured; those without LoRA in every run."""
+        args = self.args
+        points = [
+            Point(arm, chosen, ratio, batch, prompt, output)
+            for chosen in (args.mixes[:1] if arm in BASE_ONLY else args.mixes)
+            for ratio in (args.ratios if arm == "block-diagonal" else [None])
+            for prompt, output, only in args.lengths
+            for batch in ([only] if only else args.batches)
+        ]
+        if server.startswith("no-lora"):
+            return points
+        have = {
+            (row["arm"], row["mix"], row["wanted_ratio"], row["batch"], row["input_len"], row["output_len"])
+            for row in self.points
+        }
+        return [p for p in points if (p.arm, p.mix.text, p.ratio, p.batch, p.prompt, p.output) not in have]
 
     def _write_adapters(self) -> dict[str, Path]:
         wanted: dict[str, Adapter] = {}
@@ -154,15 +212,15 @@ class Latency:
         paths = {}
         for name, adapter in tqdm(wanted.items(), desc="Writing adapters", unit="adapter", leave=False):
             nblocks = None if adapter.ratio is None else self.args.nblocks
-            paths[name] = self.folder / f"{name}-nb{nblocks or 0}"
+            paths[name] = self.folder / f"{name}-nb{nblocks or 0}-{self.args.modules}"
             if not (paths[name] / "adapter_model.safetensors").exists():
-                write_adapter(self.shape, paths[name], self.ranks[name], nblocks, seed=adapter.number)
+                write_adapter(self.shape, paths[name], self.ranks[name], nblocks, adapter.number, self.modules)
         return paths
 
     def _rank(self, plain_rank: int, ratio: float | None) -> int:
         if ratio is None:
             return plain_rank
-        return matched_rank(self.shape, plain_rank, self.args.nblocks, ratio)
+        return matched_rank(self.shape, plain_rank, self.args.nblocks, ratio, self.modules)
 
     def _setup(self, names: list[str]) -> Setup:
         args = self.args
@@ -181,10 +239,11 @@ class Latency:
             max(ranks, default=1),
             min(most, 16384),
             int(pool),
+            self.modules,
             tuple(args.extra_arguments.split()),
         )
 
-    def _run_server(self, server: str, arms: list[str]) -> None:
+    def _run_server(self, server: str, todo: list["Point"]) -> None:
         names = [] if server.startswith("no-lora") else list(self.paths)
         if server in ("stock", "s-lora"):
             names = [name for name in names if name.startswith("plain-")]
@@ -195,35 +254,34 @@ class Latency:
         begin = time.monotonic()
         with ServerProcess(words, environment, f"http://127.0.0.1:{port}", log, self.args.start_timeout) as running:
             print(f"{server}: ready after {time.monotonic() - begin:.0f} s", flush=True)
-            for arm in arms:
-                for chosen in self.args.mixes[:1] if arm in BASE_ONLY else self.args.mixes:
-                    for ratio in self.args.ratios if arm == "block-diagonal" else [None]:
-                        self._measure(running.url, server, arm, chosen, ratio)
+            for i, point in enumerate(todo):
+                if server != "no-lora again" and time.monotonic() > self.end:
+                    self.left += len(todo) - i
+                    break
+                self._measure(running.url, server, point)
 
-    def _measure(self, url: str, server: str, arm: str, chosen: Mix, ratio: float | None) -> None:
-        adapters = [] if arm in BASE_ONLY else adapters_of(chosen, ratio)
-        for prompt, output, only in self.args.lengths:
-            for batch in [only] if only else self.args.batches:
-                names = [adapters[i % len(adapters)].name for i in range(batch)] if adapters else None
-                first, whole = self._time(url, batch, prompt, output, names)
-                row = self.rows.write(
-                    kind="point", arm=arm, server=server, mix=chosen.text, adapters=len(adapters),
-                    rank=[self._rank(rank, ratio) for rank in chosen.ranks] if adapters else [],
-                    params_ratio=self._measured_ratio(chosen, ratio) if adapters else None,
-                    batch=batch, input_len=prompt, output_len=output,
-                    ttft_ms=first * 1e3, decode_ms=(whole - first) / (output - 1) * 1e3, e2e_s=whole,
-                )  # fmt: skip
-                self.points.append(row)
-                print(
-                    f"  {arm:<16} {chosen.text:<10} batch {batch:3d}  {prompt}/{output}  decode {row['decode_ms']:7.3f} ms  "
-                    f"first token {row['ttft_ms']:8.1f} ms",
-                    flush=True,
-                )
+    def _measure(self, url: str, server: str, point: "Point") -> None:
+        adapters = [] if point.arm in BASE_ONLY else adapters_of(point.mix, point.ratio)
+        names = [adapters[i % len(adapters)].name for i in range(point.batch)] if adapters else None
+        first, whole = self._time(url, point.batch, point.prompt, point.output, names)
+        row = self.rows.write(
+            kind="point", arm=point.arm, server=server, mix=point.mix.text, adapters=len(adapters),
+            rank=[self._rank(rank, point.ratio) for rank in point.mix.ranks] if adapters else [],
+            params_ratio=self._measured_ratio(point.mix, point.ratio) if adapters else None, wanted_ratio=point.ratio,
+            batch=point.batch, input_len=point.prompt, output_len=point.output,
+            ttft_ms=first * 1e3, decode_ms=(whole - first) / (point.output - 1) * 1e3, e2e_s=whole,
+        )  # fmt: skip
+        self.points.append(row)
+        print(
+            f"  {point.arm:<16} {point.mix.text:<10} batch {point.batch:3d}  {point.prompt}/{point.output}  "
+            f"decode {row['decode_ms']:7.3f} ms  first token {row['ttft_ms']:8.1f} ms",
+            flush=True,
+        )
 
     def _measured_ratio(self, chosen: Mix, ratio: float | None) -> float:
         nblocks = None if ratio is None else self.args.nblocks
-        have = sum(parameters(self.shape, self._rank(rank, ratio), nblocks) for rank in chosen.ranks)
-        return have / sum(parameters(self.shape, rank, None) for rank in chosen.ranks)
+        have = sum(parameters(self.shape, self._rank(rank, ratio), nblocks, self.modules) for rank in chosen.ranks)
+        return have / sum(parameters(self.shape, rank, None, self.modules) for rank in chosen.ranks)
 
     def _time(self, url: str, batch: int, prompt: int, output: int, names: list[str] | None) -> tuple[float, float]:
         """Median seconds until every request has its first token, and until all have ended."""

@@ -29,7 +29,7 @@ SERVERS = {
 
 @dataclass(frozen=True)
 class Setup:
-    """What all servers share. pool_bytes: of our servers, per rank. extra: further arguments."""
+    """What all servers share. pool_bytes: of our servers, per rank. modules: that adapters change. extra: further arguments."""
 
     model: Path
     dtype: str
@@ -40,6 +40,7 @@ class Setup:
     max_rank: int
     max_tokens: int
     pool_bytes: int
+    modules: tuple[str, ...] = MODULES
     extra: tuple[str, ...] = ()
 
 
@@ -59,7 +60,7 @@ def command(server: str, setup: Setup, adapters: dict[str, Path], port: int) -> 
         words += ["--cuda-graph-max-bs-prefill", "2048"]
     if adapters or setup.device == "cpu":
         words += ["--max-loras-per-batch", str(setup.max_adapters), "--max-lora-rank", str(setup.max_rank)]
-        words += ["--lora-target-modules", *MODULES]
+        words += ["--lora-target-modules", *setup.modules]
     if adapters:
         words += ["--lora-paths", *(f"{name}={folder}" for name, folder in adapters.items())]
     words += setup.extra

@@ -24,7 +24,7 @@ def label(row: dict) -> str:
 
 
 def baselines(rows: list[dict], figure: str) -> dict[tuple, list[float]]:
-    """(batch, lengths) -> the figure without LoRA, from the first server and from the last."""
+    """(run, batch, lengths) -> the figure without LoRA, from the first server and from the last."""
     found: dict[tuple, list[float]] = {}
     for row in rows:
         if row["arm"] == "no-lora":
@@ -33,7 +33,7 @@ def baselines(rows: list[dict], figure: str) -> dict[tuple, list[float]]:
 
 
 def _place(row: dict) -> tuple:
-    return row["batch"], row["input_len"], row["output_len"]
+    return row["run"], row["batch"], row["input_len"], row["output_len"]
 
 
 def table(rows: list[dict]) -> str:
@@ -76,10 +76,12 @@ def draw(rows: list[dict], target: Path) -> None:
             arm = styles.setdefault(line[0]["arm"], {})
             look = {"color": COLOURS[line[0]["arm"]], "ls": arm.setdefault(name, STYLES[len(arm) % len(STYLES)])}
             latency.plot(batches, steps, marker="o", label=name, **look)
-            base = [decode.get((batch, *place)) for batch in batches]
-            if all(base) and line[0]["arm"] != "no-lora":
-                ratios = [step / statistics.mean(b) for step, b in zip(steps, base, strict=True)]
-                ratio.plot(batches, ratios, marker="o", **look)
+            if line[0]["arm"] != "no-lora" and all(_place(row) in decode for row in line):
+                by_batch = {
+                    b: [r["decode_ms"] / statistics.mean(decode[_place(r)]) for r in line if r["batch"] == b]
+                    for b in batches
+                }
+                ratio.plot(batches, [statistics.mean(by_batch[b]) for b in batches], marker="o", **look)
         latency.set(title=f"{place[0]} in / {place[1]} out", ylabel="decode step, ms")
         ratio.set(ylabel="by the step without LoRA", xlabel="requests in the batch")
         ratio.axhline(1, color="black", lw=0.8)

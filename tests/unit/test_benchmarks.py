@@ -203,14 +203,51 @@ def test_mixes_are_read():
             mix(wrong)
 
 
+def test_lengths_may_name_one_batch():
+    from benchmarks.latency.__main__ import lengths
+
+    assert lengths("128/64") == (128, 64, None)
+    assert lengths("2048/16@8") == (2048, 16, 8)
+    for wrong in ("128", "128/1", "0/8", "8/8@0", "8/8@"):
+        with pytest.raises(argparse.ArgumentTypeError, match="PROMPT/OUTPUT"):
+            lengths(wrong)
+
+
+def test_a_resumed_run_measures_what_is_left(tmp_path):
+    from benchmarks.files import TINY
+    from benchmarks.latency.__main__ import Latency, arguments
+
+    output = tmp_path / "rows.jsonl"
+    args = arguments(
+        ["--device", "cpu", "--tiny", "--tp", "2", "--ratios", "1", "0.5", "--output", str(output), "--resume"]
+    )
+    first = Latency(args, TINY, tmp_path)
+    points = first._todo("ours", "block-diagonal")
+    assert len(points) == 6
+    done = points[0]
+    first.rows.write(
+        kind="point", arm=done.arm, mix=done.mix.text, wanted_ratio=done.ratio, batch=done.batch,
+        input_len=done.prompt, output_len=done.output,
+    )  # fmt: skip
+    again = Latency(args, TINY, tmp_path)
+    assert again._todo("ours", "block-diagonal") == points[1:]
+    # What ratios are taken to is of the same run.
+    assert len(again._todo("no-lora", "no-lora")) == 3
+    other = Latency(
+        arguments(["--device", "cpu", "--tiny", "--tp", "4", "--resume", "--output", str(output)]), TINY, tmp_path
+    )
+    assert len(other._todo("ours", "block-diagonal")) == 3
+
+
 def test_ratios_are_by_the_mean_of_the_servers_without_lora():
     from benchmarks.latency.plot import table
 
-    point = {"mix": "16x4", "adapters": 0, "batch": 1, "input_len": 8, "output_len": 8, "ttft_ms": 10.0}
+    point = {"run": "a", "mix": "16x4", "adapters": 0, "batch": 1, "input_len": 8, "output_len": 8, "ttft_ms": 10.0}
     rows = [
         {**point, "arm": "no-lora", "decode_ms": 1.0},
         {**point, "arm": "block-diagonal", "adapters": 4, "params_ratio": 1.0, "decode_ms": 2.1},
         {**point, "arm": "no-lora", "decode_ms": 1.1},
+        {**point, "run": "b", "arm": "no-lora", "decode_ms": 4.0},
     ]
     text = table(rows)
     assert "block-diagonal 1.00x 16x4" in text
