@@ -203,6 +203,35 @@ def test_mixes_are_read():
             mix(wrong)
 
 
+def test_prediction_gives_back_what_it_was_fitted_on():
+    from benchmarks.files import LLAMA_8B
+    from benchmarks.latency.predict import ALL_REDUCE_US, PRODUCTS, fit, product_bytes
+
+    products = [
+        {"tp": 2, "layer": name, "tokens": 8, "cublas_us": 5 + product_bytes(LLAMA_8B, name) / 2 / 4e6}
+        for name in PRODUCTS
+    ]
+    point = {"kind": "point", "tp": 2, "layers": 32, "batch": 8, "output_len": 128, "params_ratio": None}
+    bd, s_lora = ("block-diagonal", "16x4", 1.01), ("s-lora", "16x4", 1.0)
+    measured = [
+        {**point, "arm": "no-lora", "mix": "16x4", "decode_ms": 3.2},
+        {**point, "arm": bd[0], "mix": bd[1], "params_ratio": bd[2], "decode_ms": 3.5},
+        {**point, "arm": s_lora[0], "mix": s_lora[1], "params_ratio": s_lora[2], "decode_ms": 6.0},
+    ]
+    model = fit(measured, products, LLAMA_8B)
+    assert (model.start, 1 / model.per_byte) == pytest.approx((5, 4e6))
+    steps = [model.step_ms(LLAMA_8B, 2, 8, arm) for arm in (None, bd, s_lora)]
+    assert steps == pytest.approx([3.2, 3.5, 6.0])
+    # Half of the bytes, and the collectives of the base model and of S-LoRA.
+    weights = sum(product_bytes(LLAMA_8B, name) for name in PRODUCTS) * 32 + 2 * LLAMA_8B.vocab * LLAMA_8B.hidden
+    saved = weights / 4 / 4e9 - 64 * (ALL_REDUCE_US[4] - ALL_REDUCE_US[2]) / 1e3
+    assert model.step_ms(LLAMA_8B, 4, 8) == pytest.approx(3.2 - saved)
+    four = 4 * 32 * (ALL_REDUCE_US[4] - ALL_REDUCE_US[2]) / 1e3
+    assert model.step_ms(LLAMA_8B, 4, 8, s_lora) == pytest.approx(6.0 - saved + four)
+    with pytest.raises(ValueError, match="one tensor-parallel size"):
+        fit([{**row, "tp": 4} for row in measured], products, LLAMA_8B)
+
+
 def test_lengths_may_name_one_batch():
     from benchmarks.latency.__main__ import lengths
 
