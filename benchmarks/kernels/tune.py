@@ -30,6 +30,7 @@ def variants(tiles, outputs: int, inputs: int, quick: bool):
     near = [replace(tiles, programs=programs) for programs in (4, 12, 24, 36, 68)]
     near += [replace(tiles, stages=tiles.stages + more) for more in (-1, 1)]
     near += [replace(tiles, descriptor=not tiles.descriptor), replace(tiles, warps=12 - tiles.warps)]
+    near += [replace(tiles, rows=tiles.rows * 2), replace(tiles, shrink_rows=64)]
     near += [replace(tiles, shrink_k=k) for k in (64, 128, 256) if inputs // tiles.splits % k == 0]
     wide = []
     for (block_n, block_k), stages, descriptor in itertools.product(WIDTHS, (4, 6), (False, True)):
@@ -38,6 +39,8 @@ def variants(tiles, outputs: int, inputs: int, quick: bool):
             wide.append(
                 replace(tiles, block_n=block_n, block_k=block_k, stages=stages, warps=warps, descriptor=descriptor)
             )
+    # Few places beside the tiles: larger pieces of h.
+    wide += [replace(t, programs=4, shrink_rows=64) for t in wide]
     if not quick:
         wide = [replace(t, programs=p) for t in wide for p in (4, 12, 36)]
     yield from (t for t in near + wide if t != tiles)

@@ -14,16 +14,17 @@ FEWEST, MOST = 12, 36
 # Shared memory that the loops of one block may use, bytes; two thirds where several blocks come to a multiprocessor.
 SHARED = 147_000
 WIDTHS = (16, 32, 64, 128)
-SHRINK_ROWS = 16
+ROWS, SHRINK_ROWS = 64, 16
 # Parts of K that h is computed in.
 MAX_SPLITS = 2
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """block_n x block_k of W at a time in `stages` buffers by `warps` warps; descriptor: through a tensor descriptor.
+    """block_n x block_k of W at a time in `stages` pipeline stages by `warps` warps; descriptor: through a tensor descriptor.
 
-    programs: blocks that compute h, shrink_k inputs at a time, K in `splits` parts.
+    rows: rank rows of h and B at a time. programs: blocks that compute h, shrink_rows rank rows and shrink_k inputs at a time, K in
+    `splits` parts.
     """
 
     block_n: int
@@ -31,8 +32,10 @@ class Tiles:
     stages: int
     warps: int
     descriptor: bool
+    rows: int
     programs: int
     splits: int
+    shrink_rows: int
     shrink_k: int
 
 
@@ -55,8 +58,10 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, multiprocessors: i
         stages=max(2, min(6, shared // ((block_t + block_n) * block_k * 2) + 1)),
         warps=8 if block_n >= 128 else 4,
         descriptor=block_n == 64 and block_t == 16,
+        rows=ROWS,
         programs=min(MOST, max(FEWEST, multiprocessors - blocks)),
         splits=splits,
+        shrink_rows=SHRINK_ROWS,
         shrink_k=shrink_k,
     )
 

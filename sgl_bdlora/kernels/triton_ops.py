@@ -36,10 +36,10 @@ from sgl_bdlora.kernels.torch_ops import Collectives
 from sgl_bdlora.memory_pool import Resident
 from sgl_bdlora.sharding import AdapterShard, HostLayer
 
-# Rank rows that a batch may have in one slice of a layer; a multiple of ROWS.
+# Rank rows that a kernel reads at once, at most: tables are filled up to a multiple, for what stands behind them is of an older batch.
+PADDING = 128
+# Rank rows that a batch may have in one slice of a layer; a multiple of PADDING.
 LIMIT = 2048
-# Rank rows of one tile of the linear kernel; their number is rounded up to it.
-ROWS = 64
 # Up to here the base product is bound by its weights' bytes, and one tile holds all rows of the batch.
 FUSED_TOKENS = 64
 _ROWS = (16, 32, 64)
@@ -93,7 +93,7 @@ class Table:
     def fill(self, adapters: Sequence[tuple[RankRows, np.ndarray]]) -> None:
         """Replace the rows; adapters: as for rows.table_of."""
         self.used = most_rows([rows for rows, _ in adapters])
-        width = _padded(max(self.used, 1))
+        width = _padded(max(self.used, 1), PADDING)
         rows, places = table_of(adapters, len(self.rows), width)
         self.rows[..., :width].copy_(_staged(torch.from_numpy(rows), self.rows.device), non_blocking=True)
         self.places[:, :, : len(adapters) + 1].copy_(
@@ -157,7 +157,7 @@ class TritonOps:
         other._static_h = torch.zeros(rows * COLUMNS, dtype=torch.float32, device=arena.device)
         if other._collectives is not None:
             widths = [r.combined_width for r in self._rows.values() if r]
-            columns = _padded(max([COMBINED_COLUMNS, SLICES * max_rank, *widths]))
+            columns = _padded(max([COMBINED_COLUMNS, SLICES * max_rank, *widths]), COMBINED_COLUMNS)
             other._static_combined = arena.new_zeros(len(self.index), tokens, columns)
         return other
 
@@ -284,8 +284,8 @@ class TritonOps:
             BN=tiles.block_n,
             BK=tiles.block_k,
             STAGES=tiles.stages,
-            BR=ROWS,
-            SHRINK_BR=SHRINK_ROWS,
+            BR=tiles.rows,
+            SHRINK_BR=tiles.shrink_rows,
             SHRINK_BK=tiles.shrink_k,
             LATE_BK=min(tiles.shrink_k, 64),
             TILES=tiles.descriptor,
@@ -393,7 +393,7 @@ def _splits(plan: Plan, tokens: int) -> int:
     return max(n for n in (1, 2, 4) if n == 1 or (plan.inputs % (n * 64) == 0 and n * tiles <= PROGRAMS // 4))
 
 
-def _padded(count: int, multiple: int = ROWS) -> int:
+def _padded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
