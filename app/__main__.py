@@ -22,10 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     from app.page import build
     from app.theme import CSS, theme
 
-    key = os.environ.get("BDLORA_API_KEY")
+    keys = os.environ.get("BDLORA_API_KEY"), os.environ.get("BDLORA_ADMIN_KEY")
     with tempfile.TemporaryDirectory(prefix="sgl-bdlora-app-") as folder:
-        compare = Server(args.compare_server, key) if args.compare_server else None
-        context = Context(Server(args.server, key), compare, Path(folder))
+        compare = Server(args.compare_server, *keys) if args.compare_server else None
+        context = Context(Server(args.server, *keys), compare, Path(folder), args.cluster)
         demo = build(context)
         _, address, _ = demo.launch(
             server_name=args.host,
@@ -71,6 +71,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--compare-server",
         metavar="URL",
         help="second server for the plain adapters, started with --lora-sharding s-lora; without it --server runs both sides",
+    )
+    parser.add_argument(
+        "--cluster", metavar="URL", help="cluster to draw on a page of its own (python -m sgl_bdlora.cluster serve)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="port (default: %(default)s)")

@@ -14,6 +14,8 @@ from app.served import Served, parse
 # A batch on a slow CPU may take a while to its first token; silence longer than this is a server that hangs.
 SILENCE_S = 180
 STATE_AGE_S = 1.0
+# A server with an admin key takes no other key here.
+ADMIN_ROUTES = ("/bdlora/info", "/flush_cache", "/load_lora_adapter", "/unload_lora_adapter")
 
 
 class ServerProblem(Exception):
@@ -38,11 +40,15 @@ class Chunk:
 
 
 class Server:
-    """A server by its address. Safe to use from several threads."""
+    """A server by its address. Safe to use from several threads.
 
-    def __init__(self, url: str, api_key: str | None = None):
+    api_key: for requests; admin_key: for SGLang's routes of administration (ADMIN_ROUTES), api_key where it is None.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, admin_key: str | None = None):
         self.url = url.rstrip("/")
-        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
+        self._admin = _bearer(admin_key or api_key)
+        headers = {"Accept-Encoding": "identity", **_bearer(api_key)}
         # Without trust_env a proxy of the environment cannot come between.
         self._http = httpx.Client(
             base_url=self.url, headers=headers, trust_env=False, timeout=httpx.Timeout(10, connect=2)
@@ -128,13 +134,17 @@ class Server:
 
     def _request(self, method: str, route: str, **more: Any) -> httpx.Response:
         try:
-            return self._http.request(method, route, **more)
+            return self._http.request(method, route, headers=self._admin if route in ADMIN_ROUTES else None, **more)
         except httpx.ConnectError as error:
             raise _down(self.url) from error
         except httpx.TimeoutException as error:
             raise ServerProblem("busy", f"{self.url} does not answer in time; it is busy or hangs.") from error
         except httpx.HTTPError as error:
             raise ServerProblem("died", f"{self.url} broke off its answer ({error}).") from error
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _down(url: str) -> ServerProblem:

@@ -11,11 +11,12 @@ from app.served import Adapter, Served
 
 @dataclass(frozen=True)
 class Context:
-    """server: block-diagonal adapters, and plain ones too unless compare_server has those."""
+    """server: block-diagonal adapters, and plain ones too unless compare_server has those. cluster: the URL of one to draw, if any."""
 
     server: Server
     compare_server: Server | None
     uploads: Path
+    cluster: str | None = None
 
     @property
     def arms(self) -> dict[str, Server]:

@@ -1,7 +1,8 @@
-"""The whole page: status line and four tabs."""
+"""The whole page: status line and four tabs, five with a cluster."""
 
 import gradio as gr
 
+from app import cluster_page
 from app.context import Context
 from app.pages import adapters, chat, compare, how, status
 
@@ -14,7 +15,8 @@ def build(context: Context) -> gr.Blocks:
         timer = gr.Timer(ASK_EVERY_S)
         status.build(context, timer, demo)
         with gr.Tabs():
-            for title, page in TABS:
+            tabs = (*TABS, ("Cluster", cluster_page)) if context.cluster else TABS
+            for title, page in tabs:
                 with gr.Tab(title):
                     page.build(context, timer, demo)
     demo.queue(default_concurrency_limit=16, api_open=False)

@@ -1,4 +1,4 @@
 """Many replicas: which adapter lives where, who answers a request, and a simulation of both.
 
-Everything here is pure code: importing it imports neither torch, sglang nor ray.
+Everything but `serving`, which runs them on Ray, is pure code: importing it imports neither torch, sglang nor ray.
 """

@@ -1,8 +1,9 @@
-"""python -m sgl_bdlora.cluster simulate|plan: how a cluster would serve a workload, and how many GPUs it needs."""
+"""python -m sgl_bdlora.cluster simulate|plan|serve: how a cluster would serve a workload, how many GPUs it needs, and a real one."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ EXAMPLE = """A configuration (every field has a default; sgl_bdlora/cluster/conf
   policy: {name: rank-packing, period_s: 10, max_moves: 64}
   workload: {rate: 80, duration_s: 120, zipf: 0.8, cv: 4, rotate_s: 60}
   costs: bdlora
+  serve: {model: /models/llama, adapter_root: /adapters, port: 8000}
 """
 
 
@@ -30,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, PlacementError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -90,6 +95,17 @@ def _plan(config: ClusterConfig, args: argparse.Namespace) -> int:
     return 0 if count is not None else 1
 
 
+def _serve(config: ClusterConfig, args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            "serving needs Ray Serve, which is not installed; install the extra: pip install 'sgl-bdlora[cluster]'"
+        )
+    from sgl_bdlora.cluster.serving.launch import run
+
+    given = {name: getattr(args, name) for name in ("host", "port", "address") if getattr(args, name) is not None}
+    return run(config.with_(serve=given))
+
+
 def _stderr():
     from rich.console import Console
 
@@ -108,8 +124,9 @@ def _parser() -> argparse.ArgumentParser:
             name, help=words, description=words, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         made.add_argument("--config", type=Path, metavar="FILE", help="YAML; without it everything has its default")
-        made.add_argument("--json", action="store_true", help="print JSON instead of a table")
         made.set_defaults(run=run)
+        if run is not _serve:
+            made.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return made
 
     sim = command("simulate", _simulate, "serve a workload in simulation; no GPU, no model")
@@ -121,12 +138,27 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = command("plan", _plan, "how many replicas and GPUs the SLO needs; exit code 1 if --max-replicas are too few")
     plan.add_argument("--max-replicas", type=_positive, default=64, metavar="N", help="default: %(default)s")
+
+    serve = command(
+        "serve",
+        _serve,
+        "run a real cluster on Ray Serve until Ctrl-C; the configuration has to name serve.model and serve.adapter_root (docs/cluster.md)",
+    )
+    serve.add_argument("--host", help="address of the front; overrides serve.host")
+    serve.add_argument("--port", type=_port, help="its port; overrides serve.port")
+    serve.add_argument("--address", metavar="HOST:PORT", help="a running Ray cluster's head; overrides serve.address")
     return parser
 
 
 def _positive(word: str) -> int:
     if not word.isdecimal() or not 0 < int(word) <= 1024:
         raise argparse.ArgumentTypeError(f"has to be a whole number from 1 to 1024, got {word!r}")
+    return int(word)
+
+
+def _port(word: str) -> int:
+    if not word.isdecimal() or not 0 < int(word) <= 65535:
+        raise argparse.ArgumentTypeError(f"has to be a port from 1 to 65535, got {word!r}")
     return int(word)
 
 

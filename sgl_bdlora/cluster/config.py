@@ -10,6 +10,8 @@ from typing import Any
 
 from sgl_bdlora.cluster.policies import NAMES
 
+DEVICES = ("auto", "gpu", "cpu")
+
 
 class ConfigError(ValueError):
     """The message names the field, its value and the fix."""
@@ -103,6 +105,37 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """The real cluster; the simulation does not read it.
+
+    model, adapter_root: the base model's directory, and the one whose subdirectories are the adapters, at the same place on every
+    machine. name: of the base model to clients, by default its directory's. address: of a running Ray cluster; empty starts one here.
+    device: gpu, cpu or auto. cpus: what Ray reserves for a replica. arguments: more words for each server's command line.
+    max_replicas: replicas are added up to this, and taken away down to replicas.count when the demand has not needed them for
+    downscale_s (0: never). queue: requests that may wait for a place in a replica; more get 429. first_byte_s: a request without a
+    first token by then gets 503. silence_s: a stream that says nothing for so long is ended. start_s: for all replicas to start.
+    store_gib: host memory for adapters in Ray's object store.
+    """
+
+    model: str = ""
+    adapter_root: str = ""
+    name: str = ""
+    address: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "auto"
+    cpus: float = 1.0
+    arguments: tuple[str, ...] = ()
+    max_replicas: int = 0
+    downscale_s: float = 300.0
+    queue: int = 256
+    first_byte_s: float = 120.0
+    silence_s: float = 120.0
+    start_s: float = 900.0
+    store_gib: float = 4.0
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """costs: a model of default_costs.json (bdlora, padded, no-lora) or the path of a JSON file."""
 
@@ -113,6 +146,7 @@ class ClusterConfig:
     workload: Workload = field(default_factory=Workload)
     failures: tuple[Failure, ...] = ()
     costs: str = "bdlora"
+    serve: Serve = field(default_factory=Serve)
 
     def __post_init__(self):
         _check(self)
@@ -187,19 +221,20 @@ _ABOVE_ZERO = {
     "replicas.pool_gib", "replicas.host_gib", "replicas.pcie_gb_s", "replicas.peer_gb_s", "replicas.disk_gb_s",
     "adapters.mib_per_rank", "slo.ttft_ms", "slo.tpot_ms", "policy.period_s", "policy.ema", "workload.rate",
     "workload.duration_s", "workload.cv", "workload.diurnal_s", "workload.prompt_median", "workload.output_median",
+    "serve.cpus", "serve.first_byte_s", "serve.silence_s", "serve.start_s", "serve.store_gib",
 }  # fmt: skip
 _AT_LEAST_ONE = {
     "replicas.count", "replicas.gpus", "replicas.max_rank", "replicas.max_running", "replicas.prefill_tokens",
-    "adapters.count", "workload.max_prompt", "workload.max_output",
+    "adapters.count", "workload.max_prompt", "workload.max_output", "serve.port", "serve.queue",
 }  # fmt: skip
 _AT_MOST = {
     "slo.attainment": 1, "policy.ema": 1, "workload.rotate_by": 1, "workload.diurnal": 1, "policy.headroom": 0.99,
-    "replicas.count": 1024, "adapters.count": 100_000,
+    "replicas.count": 1024, "adapters.count": 100_000, "serve.port": 65535, "serve.max_replicas": 1024,
 }  # fmt: skip
 
 
 def _check(config: ClusterConfig) -> None:
-    for section in ("replicas", "adapters", "slo", "policy", "workload"):
+    for section in ("replicas", "adapters", "slo", "policy", "workload", "serve"):
         part = getattr(config, section)
         for f in dataclasses.fields(part):
             value, name = getattr(part, f.name), f"{section}.{f.name}"
@@ -215,6 +250,12 @@ def _check(config: ClusterConfig) -> None:
                 raise ConfigError(f"{name} = {value} has to be at least 0")
             if value > _AT_MOST.get(name, value):
                 raise ConfigError(f"{name} = {value} has to be at most {_AT_MOST[name]}")
+    if config.serve.device not in DEVICES:
+        raise ConfigError(f"serve.device = {config.serve.device!r} is not one of {', '.join(DEVICES)}")
+    if 0 < config.serve.max_replicas < config.replicas.count:
+        raise ConfigError(
+            f"serve.max_replicas = {config.serve.max_replicas} has to be at least replicas.count = {config.replicas.count}, or 0"
+        )
     if config.policy.name not in NAMES:
         raise ConfigError(f"policy.name = {config.policy.name!r} is not one of {', '.join(NAMES)}")
     if config.policy.windows < 2:

@@ -1,0 +1,165 @@
+"""A replica's server process: start it, wait for it, end it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+from sgl_bdlora.cluster.config import ClusterConfig
+from sgl_bdlora.cluster.serving.child import ROUTE
+
+# /health generates a token and waits for it in steps of a second.
+HEALTH_S = 30.0
+SHOWN_LINES = 30
+
+
+class ServerFailed(RuntimeError):
+    """The server did not start, or is gone; the message has the end of its log."""
+
+
+class ServerProcess:
+    """One `python -m sgl_bdlora.cluster.serving.child` on a free port of 127.0.0.1, with a key that only this process knows.
+
+    number: the replica's among those of its machine; on CPUs it decides which cores are its own.
+    """
+
+    def __init__(self, config: ClusterConfig, device: str, number: int):
+        self._folder = Path(tempfile.mkdtemp(prefix="bdlora-replica-"))
+        self._log = self._folder / "server.log"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        key = secrets.token_urlsafe(32)
+        # In a file that only this user can read: a command line can be read by all.
+        handle, self._secret = tempfile.mkstemp(suffix=".yaml", dir=self._folder)
+        with os.fdopen(handle, "w") as file:
+            file.write(f"api-key: {key}\n")
+        command = [
+            sys.executable,
+            "-m",
+            "sgl_bdlora.cluster.serving.child",
+            "--config",
+            self._secret,
+            *server_arguments(config, port),
+        ]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, env={**os.environ, **environment(config, device, number)}, stdin=subprocess.PIPE, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        # Without trust_env a proxy of the environment cannot come between.
+        self.http = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"}, trust_env=False, limits=limits,
+            timeout=httpx.Timeout(config.serve.silence_s, connect=10),
+        )  # fmt: skip
+        self._deadline = time.monotonic() + config.serve.start_s
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def ready(self) -> None:
+        """Wait until it answers. Raises ServerFailed."""
+        try:
+            while True:
+                if self._process.poll() is not None:
+                    raise ServerFailed(
+                        f"the server ended with code {self._process.returncode} while it started\n{self.tail()}"
+                    )
+                if time.monotonic() > self._deadline:
+                    raise ServerFailed(
+                        f"the server was not ready within serve.start_s; raise it, or see why:\n{self.tail()}"
+                    )
+                with contextlib.suppress(httpx.TransportError):
+                    if (await self.http.get("/health", timeout=HEALTH_S)).status_code == 200:
+                        return
+                await asyncio.sleep(0.5)
+        finally:
+            os.unlink(self._secret)
+
+    def ended(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.poll()
+
+    async def ended_or_silent(self) -> str | None:
+        """What is wrong with it, if anything."""
+        if self._process.poll() is not None:
+            return f"the server ended with code {self._process.returncode}\n{self.tail()}"
+        try:
+            status = (await self.http.get("/health", timeout=HEALTH_S)).status_code
+        except httpx.HTTPError as error:
+            return f"the server does not answer: {error!r}"
+        return None if status == 200 else f"the server says that it is not well (HTTP {status})"
+
+    async def load(self, name: str, body: bytes | memoryview) -> str | None:
+        """Load an adapter (catalog.py's body); why it was refused, if it was."""
+        response = await self.http.post(ROUTE, params={"name": name}, content=bytes(body), timeout=300)
+        return None if response.status_code == 200 else _words(response)
+
+    async def unload(self, name: str) -> None:
+        await self.http.post("/unload_lora_adapter", json={"lora_name": name}, timeout=300)
+
+    def stop(self) -> None:
+        """End it and what it started, and forget its log. The closed pipe ends it where nobody calls this."""
+        self._process.stdin.close()
+        for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def tail(self) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()
+        return "\n".join([f"--- end of {self._log}", *lines[-SHOWN_LINES:]])
+
+
+def server_arguments(config: ClusterConfig, port: int) -> list[str]:
+    """The server's command line; serve.arguments come last and win."""
+    replicas = config.replicas
+    return [
+        "--model-path", config.serve.model, "--served-model-name", base_name(config), "--tp-size", str(replicas.gpus),
+        "--host", "127.0.0.1", "--port", str(port), "--max-lora-rank", str(replicas.max_rank), "--lora-target-modules", "all",
+        "--max-running-requests", str(replicas.max_running), "--max-loras-per-batch", str(replicas.max_running),
+        "--lora-pool-gb", f"{replicas.pool_gib / replicas.gpus:g}", *config.serve.arguments,
+    ]  # fmt: skip
+
+
+def base_name(config: ClusterConfig) -> str:
+    return config.serve.name or Path(config.serve.model).name
+
+
+def environment(config: ClusterConfig, device: str, number: int) -> dict[str, str]:
+    """On CPUs replicas of one machine take turns in its cores, whole ones each; GPUs are Ray's to give."""
+    if device != "cpu":
+        return {}
+    cores = sorted(os.sched_getaffinity(0))
+    share = min(len(cores), max(1, int(config.serve.cpus)) // config.replicas.gpus or 1)
+    ranks = []
+    for rank in range(config.replicas.gpus):
+        first = (number * config.replicas.gpus + rank) * share % len(cores)
+        ranks.append(",".join(str(cores[(first + i) % len(cores)]) for i in range(share)))
+    return {
+        "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(share),
+        "SGLANG_CPU_OMP_THREADS_BIND": os.environ.get("SGLANG_CPU_OMP_THREADS_BIND", "|".join(ranks)),
+    }  # fmt: skip
+
+
+def _words(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error_message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:500] or f"HTTP {response.status_code}"
