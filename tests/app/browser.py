@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -101,3 +102,27 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Exchange]]:
     monkeypatch.setattr(httpx.Client, "stream", listened_stream)
     monkeypatch.setattr(httpx.Response, "iter_raw", listened_iter_raw)
     yield exchanges
+
+
+def ask_for(page, requests: int, tokens: int, repeats: int) -> None:
+    """Fill the form: all pairs and the base model."""
+    page.get_by_label("base model, no adapter").check()
+    for name, value in (("batch", requests), ("tokens", tokens), ("repeats", repeats)):
+        field = page.locator(f"#{name} input[type=number]")
+        field.fill(str(value))
+        field.press("Tab")
+    page.get_by_role("button", name=re.compile("More:")).click()
+    page.wait_for_function(f"""() => {{
+        const words = document.querySelector('#mix textarea, #mix input')?.value ?? '';
+        return [...words.matchAll(/ (\\d+)(,|$)/g)].reduce((sum, found) => sum + +found[1], 0) == {requests}
+            && words.includes('base model');
+    }}""")
+
+
+def run(page) -> None:
+    page.click("#run")
+
+
+def wait_done(page, kind: str = "good", limit_s: float = 120) -> str:
+    page.wait_for_selector(f"#status [data-kind={kind}]", timeout=limit_s * 1e3)
+    return page.inner_text("#status")

@@ -6,16 +6,19 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
-from browser import chromium, listening, page_for
+from browser import ask_for, listening, page_for, run, wait_done
 from harness import Server, free_port
 from link import Link
+from live import LORA
+from servers import S_LORA, on
 
-TP = 2
+ADAPTERS = {"ink-bd": "bd2-r8", "ink-lora": "plain-r8-attention", "oak-bd": "bd4-r16", "oak-lora": "plain-r32"}
 TIMES_OUT_MS = 60_000
 TOKENS = 80
 
@@ -61,52 +64,30 @@ class Stage:
 
 
 def serve(zoo, folder: Path) -> Server:
-    adapters = {"ink-bd": "bd2-r8", "ink-lora": "plain-r8-attention", "oak-bd": "bd4-r16", "oak-lora": "plain-r32"}
-    paths = [f"{name}={zoo.adapter('llama', recipe)}" for name, recipe in adapters.items()]
-    arguments = ("--enable-lora", "--max-lora-rank", "32", "--lora-target-modules", "all", "--max-loras-per-batch", "8")
-    return Server(
-        zoo.model("llama"), TP, folder / "server.log", (*arguments, "--lora-sharding", "s-lora", "--lora-paths", *paths)
-    )
+    """A server of its own, for a test that ends it."""
+    paths = [f"{name}={zoo.adapter(S_LORA.family, recipe)}" for name, recipe in ADAPTERS.items()]
+    arguments = (*LORA, *S_LORA.arguments, "--lora-paths", *paths)
+    return Server(zoo.model(S_LORA.family), S_LORA.tp, folder / "server.log", arguments)
+
+
+@contextmanager
+def staged(browser, server: Server, zoo, folder: Path) -> Iterator[Stage]:
+    link = Link(free_port(), int(server.base_url.rpartition(":")[2]))
+    with page_for(link.url, free_port(), folder) as url:
+        yield Stage(url, link, server, browser, [], zoo)
+    link.cut()
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def stage(browser, zoo, tmp_path_factory) -> Iterator[Stage]:
-    folder = tmp_path_factory.mktemp("page")
-    with serve(zoo, folder) as server:
-        link = Link(free_port(), int(server.base_url.rpartition(":")[2]))
-        with page_for(link.url, free_port(), folder) as url:
-            yield Stage(url, link, server, browser, [], zoo)
-        link.cut()
-
-
-def ask_for(page, requests: int, tokens: int, repeats: int) -> None:
-    """Fill the form: all pairs and the base model."""
-    page.get_by_label("base model, no adapter").check()
-    for name, value in (("batch", requests), ("tokens", tokens), ("repeats", repeats)):
-        field = page.locator(f"#{name} input[type=number]")
-        field.fill(str(value))
-        field.press("Tab")
-    page.get_by_role("button", name=re.compile("More:")).click()
-    page.wait_for_function(f"""() => {{
-        const words = document.querySelector('#mix textarea, #mix input')?.value ?? '';
-        return [...words.matchAll(/ (\\d+)(,|$)/g)].reduce((sum, found) => sum + +found[1], 0) == {requests}
-            && words.includes('base model');
-    }}""")
-
-
-def run(page) -> None:
-    page.click("#run")
-
-
-def wait_done(page, kind: str = "good", limit_s: float = 120) -> str:
-    page.wait_for_selector(f"#status [data-kind={kind}]", timeout=limit_s * 1e3)
-    return page.inner_text("#status")
+def stage(browser, live, tmp_path_factory) -> Iterator[Stage]:
+    """A page for the shared S-LoRA server, which has just these adapters meanwhile."""
+    live.clear()
+    for name, recipe in ADAPTERS.items():
+        live.load(name, live.folder(recipe))
+    with staged(browser, live.server, live.zoo, tmp_path_factory.mktemp("page")) as stage:
+        yield stage
+    for name in ADAPTERS:
+        live.unload(name)
 
 
 def drawn(page) -> dict[str, list[list[float]]]:
@@ -123,6 +104,7 @@ def drawn(page) -> dict[str, list[list[float]]]:
     }))""")
 
 
+@on(S_LORA)
 def test_a_mixed_batch_streams_on_both_sides_and_the_numbers_are_those_of_the_responses(stage, monkeypatch, tmp_path):
     page = stage.open()
     ask_for(page, requests=9, tokens=TOKENS, repeats=2)
@@ -173,7 +155,7 @@ def test_a_mixed_batch_streams_on_both_sides_and_the_numbers_are_those_of_the_re
         used = [a for name, a in entries.items() if name in (f"ink-{kind}", f"oak-{kind}")]
         assert shown["Collectives that LoRA adds"][row] == [max(a["collectives_per_step"] for a in used)]
         assert shown["Adapter weights on a rank"][row] == [
-            max(sum(a["host_bytes"][rank] for a in used) for rank in range(TP))
+            max(sum(a["host_bytes"][rank] for a in used) for rank in range(S_LORA.tp))
         ]
     assert shown["Collectives that LoRA adds"][0] != shown["Collectives that LoRA adds"][1] == [0]
     assert "times show the idea" in page.inner_text("#note")
@@ -193,13 +175,14 @@ def test_a_mixed_batch_streams_on_both_sides_and_the_numbers_are_those_of_the_re
     assert stage.foreign == []
 
 
+@on(S_LORA)
 def test_an_adapter_is_loaded_and_unloaded_and_a_bad_one_shows_its_error(stage, tmp_path):
     page = stage.open()
     page.get_by_role("tab", name="Adapters").click()
     page.wait_for_selector("#adapter-list table")
 
     page.fill("#load-name textarea, #load-name input", "new")
-    page.fill("#load-path textarea, #load-path input", str(stage.zoo.adapter("llama", "bd4-mlp")))
+    page.fill("#load-path textarea, #load-path input", str(stage.zoo.adapter(S_LORA.family, "bd4-mlp")))
     page.click("#load")
     page.wait_for_selector("#adapter-message .good")
     page.wait_for_function("document.querySelector('#adapter-list').innerText.includes('new')")
@@ -214,7 +197,7 @@ def test_an_adapter_is_loaded_and_unloaded_and_a_bad_one_shows_its_error(stage, 
     drawn = [int(float(bars.nth(i).get_attribute("data-value"))) for i in range(bars.count())]
     assert drawn == [max(entry["host_bytes"]), *(max(entry["plain_bytes"][s]) for s in ("s-lora", "replicated"))]
 
-    bad = shutil.copytree(stage.zoo.adapter("llama", "bd4-r16"), tmp_path / "bad")
+    bad = shutil.copytree(stage.zoo.adapter(S_LORA.family, "bd4-r16"), tmp_path / "bad")
     config = json.loads((bad / "adapter_config.json").read_text())
     config["use_dora"] = True
     (bad / "adapter_config.json").write_text(json.dumps(config))
@@ -242,6 +225,7 @@ def test_an_adapter_is_loaded_and_unloaded_and_a_bad_one_shows_its_error(stage, 
 
 
 @pytest.mark.slow
+@on(S_LORA)
 def test_two_readers_at_once_and_a_server_that_dies_and_comes_back(stage):
     first, second = stage.open(), stage.open(390, 844)
     ask_for(first, requests=8, tokens=400, repeats=1)
@@ -275,6 +259,7 @@ def test_two_readers_at_once_and_a_server_that_dies_and_comes_back(stage):
 
 
 @pytest.mark.slow
+@on(S_LORA)
 def test_the_page_is_usable_within_two_seconds_by_keyboard_and_on_a_phone(stage):
     """The best of five: other work on the machine is not what is measured."""
     times = []
@@ -301,6 +286,7 @@ def test_the_page_is_usable_within_two_seconds_by_keyboard_and_on_a_phone(stage)
 
 
 @pytest.mark.slow
+@on(S_LORA)
 def test_a_comparison_of_64_requests_does_not_freeze_the_page(stage):
     page = stage.open()
     ask_for(page, requests=64, tokens=48, repeats=2)
@@ -319,7 +305,12 @@ def test_a_comparison_of_64_requests_does_not_freeze_the_page(stage):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_and_started_again(stage, tmp_path):
+def test_a_server_that_is_killed_and_started_again(browser, zoo, tmp_path):
+    with serve(zoo, tmp_path / "first") as server, staged(browser, server, zoo, tmp_path) as stage:
+        _kill_and_start_again(stage, tmp_path)
+
+
+def _kill_and_start_again(stage, tmp_path):
     page = stage.open()
     ask_for(page, requests=8, tokens=400, repeats=3)
     run(page)
@@ -327,7 +318,7 @@ def test_a_server_that_is_killed_and_started_again(stage, tmp_path):
     stage.server.stop()
     assert "broke off" in wait_done(page, "bad")
     page.wait_for_selector("#servers [data-state=died], #servers [data-state=down]")
-    with serve(stage.zoo, tmp_path) as again:
+    with serve(stage.zoo, tmp_path / "again") as again:
         stage.link.cut()
         stage.link.mend(int(again.base_url.rpartition(":")[2]))
         page.wait_for_selector("#servers [data-state=ready]")

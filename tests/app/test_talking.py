@@ -97,6 +97,27 @@ def test_every_trouble_has_its_name_and_the_servers_own_words():
         assert problem(Server(fake.url).state).state == "other"
 
 
+def test_the_admin_key_is_sent_to_the_routes_of_administration_only():
+    seen = []
+
+    def note(handler, body):
+        seen.append((handler.path, handler.headers["Authorization"]))
+        handler.send_response(400)
+        handler.end_headers()
+        handler.wfile.write(b"{}")
+
+    routes = ("/bdlora/info", "/load_lora_adapter", "/unload_lora_adapter", "/flush_cache", "/generate")
+    with Fake(dict.fromkeys(routes, note)) as fake:
+        server = Server(fake.url, "user's", "admin's")
+        for ask in (server.state, lambda: server.load("a", "/a"), lambda: server.unload("a")):
+            problem(ask)
+        server.flush_cache(patience_s=0)
+        problem(lambda: list(server.stream({"text": ["a"]})))
+        problem(Server(fake.url, "user's").state)
+    assert seen[:-1] == [(route, f"Bearer {'user' if route == '/generate' else 'admin'}'s") for route in routes]
+    assert seen[-1] == ("/bdlora/info", "Bearer user's")
+
+
 def test_a_stream_is_read_as_it_comes():
     with Fake({"/generate": streaming(3)}) as fake:
         body = {"text": ["a", "b"], "sampling_params": {"max_new_tokens": 3}}

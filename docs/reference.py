@@ -1,0 +1,47 @@
+"""`make docs`: a page for every module of the package, from its docstrings, in build/api."""
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+
+import sgl_bdlora
+
+# They are for processes of their own, and act when they are imported.
+APART = ("sgl_bdlora.cpu.preload", "sgl_bdlora.cpu.stubs")
+
+
+def modules() -> list[str]:
+    """All modules that can be imported here; those whose extra is not installed are named and left out."""
+    from sgl_bdlora import cpu
+
+    cpu.prepare_environment()
+    found = ["sgl_bdlora"]
+    for module in pkgutil.walk_packages(sgl_bdlora.__path__, "sgl_bdlora.", onerror=lambda name: None):
+        if module.name.startswith(APART) or module.name.endswith("__main__"):
+            continue
+        try:
+            importlib.import_module(module.name)
+        except ImportError as missing:
+            print(f"left out: {module.name} ({missing})", file=sys.stderr)
+            continue
+        found.append(module.name)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "build" / "api", metavar="DIR")
+    target = parser.parse_args().output
+    names = modules()
+    import pdoc
+
+    pdoc.render.configure(docformat="markdown", show_source=True, footer_text=f"sgl-bdlora {sgl_bdlora.__version__}")
+    pdoc.pdoc(*names, output_directory=target)
+    print(f"{len(names)} modules: {target / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

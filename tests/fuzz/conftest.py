@@ -1,0 +1,6 @@
+"""What the fuzz tests need: the server harness."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "server"))
