@@ -22,17 +22,25 @@ class Options:
     lora_pool_gb: device memory per rank for adapter weights, in GiB.
     lora_sharding: how plain adapters are split over the ranks; block-diagonal ones are always local.
     adapter_root: the directory that adapters are read from; None for any.
+    metrics_max_adapters: adapters with metrics of their own.
+    tenants: the file that says who may use which adapters (tenants/); None if every client may use all.
     """
 
     lora_pool_gb: float = 1.0
     lora_sharding: str = "replicated"
     adapter_root: str | None = None
+    metrics_max_adapters: int = 100
+    tenants: str | None = None
 
     def __post_init__(self):
         if self.lora_sharding not in SHARDINGS:
             raise ValueError(f"--lora-sharding has to be one of {', '.join(SHARDINGS)}, got {self.lora_sharding!r}")
         if not self.lora_pool_gb > 0:
             raise ValueError(f"--lora-pool-gb has to be positive, got {self.lora_pool_gb}")
+        if self.metrics_max_adapters < 0:
+            raise ValueError(f"--metrics-max-adapters must not be negative, got {self.metrics_max_adapters}")
+        if self.tenants is not None:
+            object.__setattr__(self, "tenants", os.path.abspath(self.tenants))
         if self.adapter_root is not None:
             # Relative to where the server was started, whatever directory a process of it changes to.
             object.__setattr__(self, "adapter_root", os.path.abspath(self.adapter_root))
@@ -84,6 +92,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Read adapters from below this directory only: paths in --lora-paths and /load_lora_adapter that lead out of it, also by "
         "symbolic links, are refused; relative paths start here. Default: any path that the server can read.",
     )
+    group.add_argument(
+        "--tenants",
+        type=_file,
+        default=None,
+        metavar="FILE",
+        help="YAML or JSON file of API keys, each with the adapters that it sees and uses and its limits. Needs --admin-api-key. "
+        "Default: every client uses every adapter.",
+    )
+    group.add_argument(
+        "--metrics-max-adapters",
+        type=_count,
+        default=None,
+        metavar="N",
+        help='With --enable-metrics: adapters that have series of their own; requests for others count as adapter="other". '
+        f"Default: {Options.metrics_max_adapters}.",
+    )
 
 
 def _positive(word: str) -> float:
@@ -91,6 +115,19 @@ def _positive(word: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"has to be a positive number of GiB, got {word}")
     return value
+
+
+def _count(word: str) -> int:
+    value = int(word)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {word}")
+    return value
+
+
+def _file(word: str) -> str:
+    if not os.path.isfile(word):
+        raise argparse.ArgumentTypeError(f"has to be a file, got {word!r}")
+    return word
 
 
 def _directory(word: str) -> str:

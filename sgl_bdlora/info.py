@@ -7,9 +7,12 @@ travels with it; the route only unwraps it.
 import time
 from collections import Counter
 
-from sgl_bdlora import origin
+from sgl_bdlora import origin, tenants
+from sgl_bdlora.tenants.view import described
 
 STATE_KEY = "bdlora"
+# Adapters in one answer: 1.5 kB each at TP 8.
+PAGE = 1000
 
 
 def describe(manager, running: Counter, waiting: Counter) -> dict:
@@ -57,6 +60,7 @@ def describe(manager, running: Counter, waiting: Counter) -> dict:
 def _adapter(manager, uid: str, ranks: list[dict], running: Counter, waiting: Counter) -> dict:
     ref, shard = manager.lora_refs[uid], manager.shards[uid]
     return {
+        "id": uid,
         "name": ref.lora_name,
         "path": ref.lora_path,
         "kind": shard.kind,
@@ -137,19 +141,30 @@ def after_get_internal_state(result, scheduler, recv_req):
 
 def add_route(app) -> None:
     """Add GET /bdlora/info to SGLang's FastAPI application, with the authentication of its admin routes."""
+    from fastapi import Query
     from fastapi.responses import ORJSONResponse
     from sglang.srt.entrypoints import http_server
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
-    @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def bdlora_info():
-        """What the bdlora LoRA back end has loaded."""
+    async def whole() -> dict | None:
         tokenizer_manager = http_server._global_state.tokenizer_manager
         states = await tokenizer_manager.get_internal_state()
         found = [state[STATE_KEY] for state in states if STATE_KEY in state]
-        if not found:
+        return {**found[0], "prompt_format": prompt_format(tokenizer_manager.tokenizer)} if found else None
+
+    described.use(whole)
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def bdlora_info(limit: int = Query(PAGE, ge=1, le=PAGE), offset: int = Query(0, ge=0)):
+        """What the bdlora LoRA back end has loaded: `limit` adapters from number `offset` on, in the order of their loads."""
+        tenant = tenants.current()
+        found = await (whole() if tenant is None else described.view(tenant))
+        if found is None:
             message = "this server does not run --lora-backend bdlora with --enable-lora"
             return ORJSONResponse({"error": {"message": message}}, status_code=404)
-        return {**found[0], "prompt_format": prompt_format(tokenizer_manager.tokenizer)}
+        adapters = found["adapters"]
+        return ORJSONResponse(
+            {**found, "adapters_loaded": len(adapters), "adapters": adapters[offset : offset + limit]}
+        )
 
     app.add_api_route("/bdlora/info", bdlora_info, methods=["GET"])

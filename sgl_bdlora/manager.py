@@ -6,7 +6,8 @@ know (sglang/srt/lora/lora_manager.py); what an adapter is and where its weights
 
 import logging
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import torch
 from sglang.srt.distributed import get_tp_group
@@ -15,7 +16,7 @@ from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from sgl_bdlora import config
+from sgl_bdlora import config, metrics
 from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, read_adapter
 from sgl_bdlora.adapters.check import check_rank
 from sgl_bdlora.adapters.root import confined
@@ -46,6 +47,9 @@ class BDLoRAManager(LoRAManager):
         self.lora_refs: dict[str, LoRARef] = {}
         self.last_used: dict[str, float] = {}
         self.num_pinned_loras = 0
+        # loads, load_failures and unloads since the start.
+        self.counts: Counter[str] = Counter()
+        self._published = (0, 0)
         self.target_modules = None if not target_modules or "all" in target_modules else set(target_modules)
 
         linear = []
@@ -76,6 +80,7 @@ class BDLoRAManager(LoRAManager):
                 self.memory_pool.budget / 2**30,
                 len(self.shards),
             )
+        metrics.publish(self)
 
     # Loading and unloading
 
@@ -90,29 +95,34 @@ class BDLoRAManager(LoRAManager):
 
     def _load(self, lora_ref: LoRARef, read) -> LoRAUpdateOutput:
         """Read, check and shard one adapter; on every rank or on none."""
+        result = self._load_on_all(lora_ref, read)
+        self.counts["loads" if result.success else "load_failures"] += 1
+        metrics.publish(self)
+        return result
+
+    def _load_on_all(self, lora_ref: LoRARef, read) -> LoRAUpdateOutput:
         shard, error = None, None
         try:
             self._check_ref(lora_ref)
             adapter: Adapter = read()
             check_rank(adapter, self.max_lora_rank)
             shard = shard_adapter(adapter, self.host, self.dtype, self.sharding, pin=self.device.type == "cuda")
-        except AdapterError as refusal:
-            error = str(refusal)
+            adapter.check_unchanged()
         except Exception as failure:
-            logger.exception("sgl-bdlora: loading adapter %r failed", lora_ref.lora_name)
-            error = f"LoRA adapter {lora_ref.lora_name!r}: {type(failure).__name__}: {failure}"
+            error = _why(lora_ref.lora_name, failure)
         ranks = self.all_ranks((error, layer_sizes(shard) if shard else {}))
         error = next((theirs for theirs, _ in ranks if theirs is not None), None)
         if error is None:
-            # Every rank compares the same numbers from here on, so all of them refuse or none.
             try:
                 shard = even_out(shard, [sizes for _, sizes in ranks])
                 self._check_bytes(shard, bool(lora_ref.pinned))
-            except AdapterError as refusal:
-                error = str(refusal)
+                self.lora_backend.prepare(shard)
+            except Exception as failure:
+                error = _why(lora_ref.lora_name, failure)
+            # Memory can be too little on one rank alone.
+            error = next((theirs for theirs in self.all_ranks(error) if theirs is not None), None)
         if error is not None:
             return self.create_lora_update_result(success=False, error_message=error)
-        self.lora_backend.prepare(shard)
         self.shards[lora_ref.lora_id] = shard
         self.lora_refs[lora_ref.lora_id] = lora_ref
         self.num_pinned_loras += int(bool(lora_ref.pinned))
@@ -162,6 +172,8 @@ class BDLoRAManager(LoRAManager):
         del self.shards[known.lora_id]
         self.last_used.pop(known.lora_id, None)
         self.num_pinned_loras -= int(bool(known.pinned))
+        self.counts["unloads"] += 1
+        metrics.publish(self)
         return self.create_lora_update_result(success=True)
 
     # Batches
@@ -180,6 +192,10 @@ class BDLoRAManager(LoRAManager):
         wanted = (new_loras | running_loras) - {None}
         self.last_used.update(dict.fromkeys(wanted, time.time()))
         self.memory_pool.ensure({uid: self.shards[uid] for uid in wanted}, protected=self._pinned())
+        copies = (self.memory_pool.loads, self.memory_pool.evictions)
+        if copies != self._published:
+            self._published = copies
+            metrics.publish(self)
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         """Say which rows belong to which adapter, once for all layers."""
@@ -210,8 +226,28 @@ class BDLoRAManager(LoRAManager):
             raise RuntimeError(f"sgl-bdlora: adapter id {uid} of the batch is not resident")
         return resident
 
+    def resident(self) -> Iterator[tuple[LoRARef, AdapterShard]]:
+        """The adapters that are in the pool."""
+        for uid, shard in self.shards.items():
+            if self.memory_pool.get(uid) is not None:
+                yield self.lora_refs[uid], shard
+
     def _pinned(self) -> set[str]:
         return {uid for uid, ref in self.lora_refs.items() if ref.pinned}
+
+
+def _why(name: str, failure: Exception) -> str:
+    """What to answer when adapter `name` cannot be loaded."""
+    if isinstance(failure, AdapterError):
+        return str(failure)
+    logger.error("sgl-bdlora: loading adapter %r failed", name, exc_info=failure)
+    if isinstance(failure, OSError) and failure.filename is not None:
+        return str(
+            AdapterError(
+                name, f"{failure.filename}: {failure.strerror}", "check the disk, and load it when it is whole"
+            )
+        )
+    return f"LoRA adapter {name!r}: {type(failure).__name__}: {failure}"
 
 
 def _rows_per_request(forward_batch: ForwardBatch) -> list[int]:

@@ -7,8 +7,9 @@ logs a plugin's exceptions and carries on unpatched, so everything that must not
 import logging
 import multiprocessing
 import os
+from functools import partial
 
-from sgl_bdlora import config, cpu
+from sgl_bdlora import config, cpu, malformed
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,11 @@ def register() -> None:
     if launcher:
         _hook("sglang.srt.entrypoints.http_server.launch_server", _before_launch_server, "BEFORE")
         _register_unloading()
+        _register_metrics()
+        _register_tenants()
+        _register_ending()
+        for check in malformed.TARGETS:
+            _hook(check, malformed.around_check, "AROUND")
         tensors = "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter_from_tensors"
         _hook(tensors, _around_load_lora_adapter_from_tensors, "AROUND")
     cpu.register_hooks(_hook)
@@ -88,6 +94,52 @@ def _register_unloading() -> None:
     _hook(f"{registry}.wait_for_unload", unloading.around_wait_for_unload, "AROUND")
 
 
+def _register_metrics() -> None:
+    from sgl_bdlora import metrics
+
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    _hook(f"{manager}.init_lora", metrics.after_init_lora, "AFTER")
+    _hook(f"{manager}.collect_metrics", metrics.after_collect_metrics, "AFTER")
+    _hook(f"{manager}._handle_abort_req", metrics.before_handle_abort_req, "BEFORE")
+    _hook(f"{manager}._discard_pending_req_states", metrics.before_discard_pending_req_states, "BEFORE")
+    _hook(f"{manager}.convert_to_span_attrs", metrics.after_convert_to_span_attrs, "AFTER")
+    _hook("sglang.srt.utils.request_logger.RequestLogger._compute_metadata", metrics.after_compute_metadata, "AFTER")
+    _hook("sglang.srt.utils.common.add_prometheus_middleware", metrics.after_add_prometheus_middleware, "AFTER")
+
+
+def _register_tenants() -> None:
+    from sgl_bdlora.tenants import requests as tenants_requests
+    from sgl_bdlora.tenants import start as tenants_start
+
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    registry = "sglang.srt.lora.lora_registry.LoRARegistry"
+    responses = "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses"
+    _hook("sglang.srt.utils.auth.add_api_key_middleware", tenants_start.around_add_api_key_middleware, "AROUND")
+    _hook(f"{registry}._register_adapter", tenants_start.after_register_adapter, "AFTER")
+    _hook(f"{registry}.unregister", tenants_start.around_unregister, "AROUND")
+    _hook(f"{manager}.generate_request", tenants_requests.around_generate_request, "AROUND")
+    _hook(f"{manager}.load_lora_adapter", _around_load_lora_adapter, "AROUND")
+    _hook(f"{manager}.unload_lora_adapter", tenants_requests.around_unload_lora_adapter, "AROUND")
+    _hook(f"{responses}.create_responses", tenants_requests.around_create_responses, "AROUND")
+
+
+def _around_load_lora_adapter(original, manager, obj, request=None):
+    from sgl_bdlora import loading
+    from sgl_bdlora.tenants import requests as tenants_requests
+
+    load = partial(loading.around_load_lora_adapter, original)
+    return tenants_requests.around_load_lora_adapter(load, manager, obj, request)
+
+
+def _register_ending() -> None:
+    from sgl_bdlora import ending
+
+    handler = "sglang.srt.managers.tokenizer_manager.SignalHandler"
+    _hook(f"{handler}.sigterm_handler", ending.before_sigterm_handler, "BEFORE")
+    _hook(f"{handler}.running_phase_sigquit_handler", ending.before_sigquit_handler, "BEFORE")
+    _hook("sglang.srt.utils.common.kill_process_tree", ending.around_kill_process_tree, "AROUND")
+
+
 def _register_backend() -> None:
     from sglang.srt.lora.backend.lora_registry import register_lora_backend
     from sglang.srt.server_args import LORA_BACKEND_CHOICES
@@ -113,6 +165,10 @@ def _before_from_cli_args(cls, args) -> None:
 def _before_check_lora_server_args(server_args) -> None:
     """SGLang demands a rank limit and target modules without adapters at start; the bdlora pool needs neither."""
     refuse_unconfined(server_args)
+    if multiprocessing.parent_process() is None:
+        from sgl_bdlora.tenants import start as tenants_start
+
+        tenants_start.start(server_args)
     if server_args.lora_backend != config.BACKEND or not server_args.enable_lora or server_args.lora_paths:
         return
     defaults = {}
@@ -259,9 +315,12 @@ def _around_can_run_graph(original, runner, forward_batch) -> bool:
     return original(runner, forward_batch)
 
 
-def _before_launch_server(server_args, *args, **kwargs) -> None:
-    from sglang.srt.entrypoints.http_server import app
+def _before_launch_server(server_args, *args, **kwargs):
+    from sglang.srt.entrypoints import http_server
 
     from sgl_bdlora import info
+    from sgl_bdlora.tenants import start as tenants_start
 
-    info.add_route(app)
+    info.add_route(http_server.app)
+    warm_up = kwargs.get("execute_warmup_func", http_server._execute_server_warmup)
+    return (server_args, *args), {**kwargs, "execute_warmup_func": tenants_start.warm_up_with_key(warm_up)}

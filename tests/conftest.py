@@ -1,12 +1,16 @@
-"""Models and adapters shared by all tests, written once a session."""
+"""Models, adapters and servers shared by all tests, made once a session."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+sys.path.insert(0, str(Path(__file__).parent / "server"))
+
 import pytest
+from live import live  # noqa: F401
 from zoo import RECIPES, Oracle, Recipe, write_adapter, write_model
 
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sgl_bdlora.adapters.errors import AdapterError, show
@@ -342,10 +343,16 @@ class _Fields:
                 )
 
 
+@lru_cache(maxsize=8192)
+def _pattern(key: str) -> re.Pattern[str]:
+    # More than re keeps itself: an adapter may have a pattern for every module.
+    return re.compile(rf"(.*\.)?({key})$")
+
+
 def _pattern_key(patterns: Mapping[str, Any], path: str) -> str | None:
     # get_pattern_key in peft/utils/other.py: the first match in the order of the file wins.
     for key in patterns:
-        if re.match(rf"(.*\.)?({key})$", path):
+        if _pattern(key).match(path):
             return key
     return path if path in patterns else None
 

@@ -8,6 +8,8 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 8
 
+_LONGEST = 2000
+
 
 class _Refusal(ValueError):
     """A message of three parts: who is at fault, what is wrong, what to do about it."""
@@ -22,7 +24,7 @@ class _Refusal(ValueError):
         self.fix = fix
 
     def __str__(self) -> str:
-        return f"{self.subject} {self.name!r}: {self.problem}. Fix: {self.fix}."
+        return one_line(f"{self.subject} {self.name!r}: {self.problem}. Fix: {self.fix}.")
 
 
 class AdapterError(_Refusal):
@@ -44,6 +46,14 @@ class ModelError(_Refusal):
     """A model's configuration that cannot be understood, or that does not fit the tensor-parallel size asked for."""
 
     subject = "model"
+
+
+def one_line(text: str) -> str:
+    """`text` as it may stand in a log or an answer: names out of a file in it can neither break the line nor make it endless."""
+    if len(text) > _LONGEST:
+        half = _LONGEST // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def show(value: object) -> str:

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     import torch
 
     from sgl_bdlora.adapters.config import AdapterConfig
+    from sgl_bdlora.adapters.tensor_file import OpenFile
 
 _ALL = slice(None)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A 2-D tensor that stays where it is (a memory-mapped file or a tensor in memory) until a part of it is indexed.
+    """A 2-D tensor that stays where it is (an open file or a tensor in memory) until a part of it is indexed.
 
     key: its name in the file. shape: (rows, columns). dtype: float16, bfloat16 or float32.
     """
@@ -29,15 +30,14 @@ class StoredTensor:
     key: str
     shape: tuple[int, int]
     dtype: torch.dtype
-    source: Any  # a torch.Tensor, or the slice object of safetensors' safe_open().get_slice()
+    source: Any  # a torch.Tensor, or a FileTensor (tensor_file.py)
 
     def __getitem__(self, index: tuple[slice, slice]) -> torch.Tensor:
-        """``tensor[rows, cols]`` with two slices of step 1: a contiguous copy of that part, in the stored dtype.
-
-        A copy, because safetensors returns a view that would keep the file mapped and read it again on each use.
-        """
+        """``tensor[rows, cols]`` with two slices of step 1: a contiguous copy of that part, in the stored dtype."""
         rows, cols = index
-        return self.source[rows, cols].clone().contiguous()
+        part = self.source[rows, cols]
+        # What comes from a file is a copy already.
+        return part if hasattr(self.source, "file") else part.clone().contiguous()
 
     def read(self) -> torch.Tensor:
         """The whole tensor, as a copy."""
@@ -99,12 +99,19 @@ class Adapter:
     """An adapter that has passed every check that needs no base model. Its weights are read when they are indexed.
 
     name: the name it is loaded under. source: its directory, or ``<tensors>``. modules: by module path, sorted.
+    files: what the directory's files were when they were opened.
     """
 
     name: str
     source: str
     config: AdapterConfig
     modules: Mapping[str, LoRAModule]
+    files: tuple[OpenFile, ...] = ()
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedFileError unless all of its files are still what they were, so that what was read belongs together."""
+        for file in self.files:
+            file.check_unchanged()
 
     @property
     def kind(self) -> Literal["block-diagonal", "plain", "mixed"]:

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from sgl_bdlora.adapters.errors import AdapterError, show
 from sgl_bdlora.adapters.format import StoredTensor
+from sgl_bdlora.adapters.tensor_file import DTYPES, DamagedFileError, OpenFile, open_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _MAX_NAME = 512
 _MAX_JSON = {"adapter_config.json": 2**20, INDEX: 2**24}
 
@@ -49,17 +48,22 @@ def tensors_in_memory(adapter: str, tensors: Mapping[str, torch.Tensor]) -> dict
             raise AdapterError(
                 adapter, f"tensors[{show(key)}] is {show(tensor)}, not a tensor", "give a dict from names to tensors"
             )
-        dtype = tensor.dtype if tensor.dtype in _DTYPES.values() else str(tensor.dtype)
+        dtype = tensor.dtype if tensor.dtype in DTYPES.values() else str(tensor.dtype)
         stored[key] = _stored(adapter, key, tuple(tensor.shape), dtype, tensor.detach())
     return stored
 
 
 def load_json(adapter: str, file: Path) -> Any:
     """The JSON value in the file, whose size is bounded. Raises AdapterError."""
+    return open_json(adapter, file)[0]
+
+
+def open_json(adapter: str, file: Path) -> tuple[Any, OpenFile]:
+    """The same, and the file."""
     limit = _MAX_JSON[file.name]
     try:
-        with file.open("rb") as stream:
-            data = stream.read(limit + 1)
+        opened = OpenFile(file)
+        data = opened.read(0, min(opened.size, limit + 1))
     except OSError as error:
         raise AdapterError(
             adapter, f"{file} cannot be read ({error.strerror})", "give the directory that PEFT's save_pretrained wrote"
@@ -69,7 +73,7 @@ def load_json(adapter: str, file: Path) -> Any:
             adapter, f"{file} is larger than {limit} bytes", f"check that {file.name} is what PEFT wrote"
         )
     try:
-        return json.loads(data)
+        return json.loads(data), opened
     except (ValueError, RecursionError) as error:
         raise AdapterError(
             adapter, f"{file} is not valid JSON ({error})", f"write {file.name} again with PEFT's save_pretrained"
@@ -78,19 +82,14 @@ def load_json(adapter: str, file: Path) -> Any:
 
 def _tensors_in_file(adapter: str, file: Path) -> dict[str, StoredTensor]:
     try:
-        # safe_open compares the offsets of the header with the file's size.
-        with safe_open(file, framework="pt") as opened:
-            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
+        opened = open_tensors(file)
+    except (DamagedFileError, OSError) as error:
         raise AdapterError(
             adapter,
             f"{file} is not a complete safetensors file ({error})",
             "copy or download it again, or save the adapter again",
         ) from error
-    return {
-        key: _stored(adapter, key, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()), part)
-        for key, part in slices.items()
-    }
+    return {key: _stored(adapter, key, part.shape, part.dtype, part) for key, part in opened.items()}
 
 
 def _tensors_in_shards(adapter: str, directory: Path) -> dict[str, StoredTensor]:

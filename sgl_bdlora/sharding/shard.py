@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -67,7 +68,7 @@ class AdapterShard:
     def nbytes(self) -> int:
         return self.weights.nbytes
 
-    @property
+    @cached_property
     def local_ranks(self) -> dict[str, int]:
         """Adapter module leaf name -> the largest rank that this rank of the server keeps of it."""
         ranks: dict[str, int] = {}
@@ -76,7 +77,7 @@ class AdapterShard:
                 ranks[s.name] = max(ranks.get(s.name, 0), s.piece.local_rank)
         return ranks
 
-    @property
+    @cached_property
     def collectives(self) -> int:
         """Collectives that a forward pass runs for this adapter: one for each layer that gathers or reduces a shrink."""
         return sum(any(s.piece.combine != "none" for s in layer.slices) for layer in self.layers.values())

@@ -88,6 +88,7 @@ class Server:
     arguments: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
     module: str = "sgl_bdlora.launch_server"
+    key: str = ""
     base_url: str = ""
     _process: subprocess.Popen | None = None
 
@@ -153,11 +154,19 @@ class Server:
         text = self.log.read_text(errors="replace").splitlines()
         return "\n".join([f"--- end of {self.log}", *text[-lines:]])
 
-    def post(self, route: str, body: dict[str, Any], timeout: float = 120) -> httpx.Response:
+    def post(self, route: str, body: dict[str, Any], timeout: float = 120, key: str | None = None) -> httpx.Response:
+        """key: instead of the server's own, which is the administrator's where there is one."""
         try:
-            return httpx.post(self.base_url + route, json=body, timeout=timeout)
+            return httpx.post(self.base_url + route, json=body, timeout=timeout, headers=self.headers(key))
         except httpx.TransportError as error:
             raise RuntimeError(f"POST {route} got no answer: {error!r}\n{self.tail()}") from error
+
+    def get(self, route: str, timeout: float = 60, key: str | None = None) -> httpx.Response:
+        return httpx.get(self.base_url + route, timeout=timeout, headers=self.headers(key))
+
+    def headers(self, key: str | None = None) -> dict[str, str]:
+        key = self.key if key is None else key
+        return {"Authorization": f"Bearer {key}"} if key else {}
 
     def load(self, name: str, folder: Path | str) -> httpx.Response:
         return self.post("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})

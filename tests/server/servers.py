@@ -7,22 +7,32 @@ from zoo import FAMILIES
 # Prompts longer than 32 tokens are prefilled in chunks.
 LLAMA = Served("llama", 2, ("--chunked-prefill-size", "32"))
 # Fewer kv heads (2) than ranks, and a pool of half a MiB a rank that holds only some of the adapters at a time.
-QWEN3 = Served("qwen3", 4, ("--lora-pool-gb", "0.0005"))
-QWEN2 = Served("qwen2", 1)
 # ADAPTERS stands for the directory that the zoo's adapters are in.
-GEMMA = Served("gemma3", 2, ("--adapter-root", "ADAPTERS"))
+QWEN3 = Served("qwen3", 4, ("--lora-pool-gb", "0.0005", "--adapter-root", "ADAPTERS"))
+# TENANTS stands for the file of tenants.yaml; the harness sends the administrator's key.
+ADMIN_KEY = "administrator"
+QWEN2 = Served(
+    "qwen2",
+    1,
+    (
+        *("--tenants", "TENANTS", "--admin-api-key", ADMIN_KEY, "--adapter-root", "ADAPTERS"),
+        *("--enable-metrics", "--log-requests", "--log-requests-level", "0"),
+    ),
+)
 # Prompt log-probabilities are computed for at most 7 rows of lm_head at a time.
 S_LORA = Served(
-    "llama",
+    "gemma3",
     2,
     ("--lora-sharding", "s-lora"),
     (("SGLANG_ENABLE_LOGPROB_CHUNK", "1"), ("SGLANG_LOGPROB_CHUNK_SIZE", "7")),
 )
-DEFAULT = (LLAMA, QWEN3, QWEN2, GEMMA, S_LORA)
+DEFAULT = (LLAMA, QWEN3, QWEN2, S_LORA)
 
-_RUN = {(served.family, served.tp) for served in DEFAULT}
+_RUN = {(served.family, served.tp) for served in DEFAULT if served != S_LORA}
 # Ranks that do not divide by TP, repeated kv heads, and a single rank, where there is nothing to gather.
-SLOW_S_LORA = tuple(Served(family, tp, S_LORA.arguments) for family, tp in (("qwen3", 4), ("mistral", 4), ("llama", 1)))
+SLOW_S_LORA = tuple(
+    Served(family, tp, S_LORA.arguments) for family, tp in (("qwen3", 4), ("mistral", 4), ("llama", 2), ("llama", 1))
+)
 SLOW = (
     *(Served(family, tp) for family in FAMILIES for tp in (1, 2, 4) if (family, tp) not in _RUN),
     *SLOW_S_LORA,

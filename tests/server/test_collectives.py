@@ -47,10 +47,12 @@ def test_s_lora_adds_four_a_layer_and_only_where_it_is_used(live):
         "attention only": 4,
         "embedding and lm_head": 2,
     }
+    # The logits' and the embedding's own; SGLang holds Gemma 3's embedding whole on every rank.
+    outside = 1 if live.served.family == "gemma3" else 2
     for mode, by_kind in count(live, batches).items():
         for kind, counts in by_kind.items():
             totals = {sum(number for _, number in counted) for counted in counts}
-            assert totals == {a_layer[kind] * LAYERS + 2}, f"{mode}, {kind}: {counts}"
+            assert totals == {a_layer[kind] * LAYERS + outside}, f"{mode}, {kind}: {counts}"
 
 
 def count(live, batches: dict[str, list]) -> dict[str, dict[str, set]]:

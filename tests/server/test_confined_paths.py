@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 from harness import Ask, check
-from servers import GEMMA, on
+from servers import QWEN3, on
 
-pytestmark = on(GEMMA)
+pytestmark = on(QWEN3)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_an_adapter_elsewhere_is_refused(live, root, outside):
 
 def test_dots_are_refused(live, root):
     refused(live, f"../../{root.parent.name}-other/bd4-r16")
-    refused(live, root / ".." / ".." / "gemma3")
+    refused(live, root / ".." / ".." / "qwen3")
 
 
 def test_links_that_leave_are_refused(live, root, outside):

@@ -60,9 +60,10 @@ def test_offline_engine(zoo, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (
+        pytest.param(
             ("--enable-lora-overlap-loading", "--max-loaded-loras", "16"),
             "--enable-lora-overlap-loading does not work with --lora-backend bdlora",
+            marks=pytest.mark.slow,
         ),
         (("--lora-paths", "broken=/nonexistent/adapter"), "LoRA adapter 'broken'"),
     ],

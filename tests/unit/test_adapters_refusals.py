@@ -420,6 +420,15 @@ def test_the_error_survives_pickling():
     assert (type(again), str(again), again.fix) == (AdapterError, str(error), "set r")
 
 
+def test_a_refusal_is_one_line_of_bounded_length_whatever_names_it_quotes():
+    error = AdapterError("tuned\n", "tensor 'x\r\n\u2028\ud800\x1b[31m' " + "y" * 10_000, "save it again")
+    message = str(error)
+    assert message.isprintable()
+    assert message.encode()
+    assert len(message) < 2100
+    assert message.endswith("Fix: save it again.")
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import Ask, Served, Server
+from harness import Answer, Ask, Served, Server
 
 # Mixed batches of up to 15 adapters and the base, rank 32, all modules, no adapter at start.
 LORA = ("--enable-lora", "--max-lora-rank", "32", "--lora-target-modules", "all", "--max-loras-per-batch", "16")
 COUNTER = Path(__file__).parent / "counting"
+TENANTS = Path(__file__).parent / "tenants.yaml"
 
 
 class Live:
@@ -35,6 +36,13 @@ class Live:
         if recipe not in self._loaded:
             self.load(recipe, self.folder(recipe))
             self._loaded.add(recipe)
+
+    def clear(self) -> None:
+        """Unload the recipes that tests have asked for; the next one that asks loads its own again."""
+        while self._loaded:
+            self.unload(self._loaded.pop())
+
+    answer = staticmethod(Answer.parse)
 
     def load(self, name: str, folder: Path) -> None:
         response = self.server.load(name, folder)
@@ -70,6 +78,16 @@ class Live:
             switch.unlink()
             records += [json.loads(line) for line in self._counts.read_text().splitlines()]
 
+    @contextmanager
+    def failing(self, **fault) -> Iterator[None]:
+        """In the block one rank fails while it loads (counting/fault_injector.py)."""
+        file = self._counts.with_name("fault.json")
+        file.write_text(json.dumps(fault))
+        try:
+            yield
+        finally:
+            file.unlink()
+
 
 @pytest.fixture(scope="session")
 def live(request: pytest.FixtureRequest, zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
@@ -78,11 +96,14 @@ def live(request: pytest.FixtureRequest, zoo, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("server")
     environment = {
         "COLLECTIVE_COUNTER_FILE": str(folder / "collectives.jsonl"),
+        "FAULT_FILE": str(folder / "fault.json"),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(COUNTER), os.environ.get("PYTHONPATH")))),
         **dict(served.environment),
     }
     adapters = zoo.adapter(served.family, "bd4-r16").parent
-    arguments = (*LORA, *(str(adapters) if word == "ADAPTERS" else word for word in served.arguments))
-    log = folder / f"{served}.log"
-    with Server(zoo.model(served.family), served.tp, log, arguments, environment) as server:
+    words = {"ADAPTERS": str(adapters), "TENANTS": str(TENANTS)}
+    arguments = (*LORA, *(words.get(word, word) for word in served.arguments))
+    log = folder / f"{served.family}-{served.tp}.log"
+    key = dict(zip(served.arguments, served.arguments[1:], strict=False)).get("--admin-api-key", "")
+    with Server(zoo.model(served.family), served.tp, log, arguments, environment, key=key) as server:
         yield Live(served, server, zoo, folder / "collectives.jsonl")
