@@ -9,8 +9,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "server"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator:
+    """While it is open, Playwright's event loop runs in this thread, and no other can."""
     from browser import chromium
 
     with chromium() as found:

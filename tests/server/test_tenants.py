@@ -25,6 +25,7 @@ def stocked(live):
         "shared": "plain-r32",
         "internal": "bd2-r8",
     }
+    live.clear()
     for name, recipe in loaded.items():
         live.load(name, live.folder(recipe))
     yield loaded
