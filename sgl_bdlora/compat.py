@@ -120,6 +120,7 @@ NAMES: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.managers.io_struct.EmbeddingReqInput.__getitem__": ("self", "i"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state": ("self", "obj", "request"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request": ("self", "obj", "input_ids"),
+    "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key": ("self", "request"),
     "sglang.srt.entrypoints.http_server.launch_server": ("server_args",),
     "sglang.srt.entrypoints.http_server.app": None,
     "sglang.srt.entrypoints.http_server._global_state": None,

@@ -14,6 +14,7 @@ TARGETS = (
     "sglang.srt.managers.io_struct.EmbeddingReqInput.__getitem__",
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state",
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+    "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key",
 )
 
 

@@ -201,5 +201,8 @@ def test_requests_whose_fields_do_not_fit_together_are_refused(live):
     ):
         response = live.server.post("/generate", fields)
         assert response.status_code == 400, (fields, response.text)
+    fields = {"model": "base", "prompt": prompts[0], "max_tokens": 1, "extra_key": ["a list"]}
+    response = live.server.post("/v1/completions", fields)
+    assert response.status_code == 400, response.text
     ask = live.ask("bd4-r16", 12)
     check(live.oracle, [ask], live.server.generate([ask]))
