@@ -36,6 +36,7 @@ X_FIELD = tl.constexpr(1)
 B_FIELD = tl.constexpr(2)
 Y_FIELD = tl.constexpr(3)
 OWNER_FIELD = tl.constexpr(4)
+FIELDS = tl.constexpr(5)
 
 
 @triton.jit
@@ -200,7 +201,7 @@ def _shrink(
         split = piece % SPLITS
         s = piece // SPLITS // groups
         r = piece // SPLITS % groups * BR + tl.arange(0, BR)
-        rows = table + s * 5 * LIMIT
+        rows = table + s * FIELDS * LIMIT
         own = owner_T[:, None] == low(tl.load(rows + OWNER_FIELD * LIMIT + r))[None, :]
         v = shrink_tile(x, arena, rows, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK)
         place = ((split * BT + t[:, None]) * SLICES + s) * LIMIT + r[None, :]
@@ -261,7 +262,7 @@ def linear_kernel(
     n0 = (tl.program_id(0) - PROGRAMS) * BN
     n = n0 + tl.arange(0, BN)
     s = slice_of(n0, end0, end1)
-    table += s * 5 * LIMIT
+    table += s * FIELDS * LIMIT
     r = tl.arange(0, BR)
     owners_R = tl.load(table + OWNER_FIELD * LIMIT + r)
     b_off = tl.multiple_of(tl.load(table + B_FIELD * LIMIT + r), 8)

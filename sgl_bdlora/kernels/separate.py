@@ -11,9 +11,8 @@ greatest owner in it. The rows of a request lie together, so in prefill that is 
 import triton
 import triton.language as tl
 
-from sgl_bdlora.kernels.fused import read_b, shrink_tile, slice_of
+from sgl_bdlora.kernels.fused import FIELDS, read_b, shrink_tile, slice_of
 
-_FIELDS = tl.constexpr(5)
 _NONE = tl.constexpr(1 << 30)
 
 
@@ -85,7 +84,7 @@ def shrink_kernel(
                 row = within + tl.where(s == 0, row0, tl.where(s == 1, row1, row2))
                 column = within + tl.where(s == 0, column0, tl.where(s == 1, column1, column2))
                 v = shrink_tile(
-                    x, arena, table, t, T, split * k_count, k_count, K, s * (_FIELDS * LIMIT) + row, LIMIT, BT, BR, BK
+                    x, arena, table, t, T, split * k_count, k_count, K, s * (FIELDS * LIMIT) + row, LIMIT, BT, BR, BK
                 )
                 place = (split.to(tl.int64) * T + t[:, None]) * stride + column[None, :]
                 tl.store(h + place, v.to(h.dtype.element_ty), mask=own[:, None] & inside[None, :])
@@ -119,7 +118,7 @@ def expand_kernel(
     if greatest < 0:
         return
     s = slice_of(n0, end0, end1)
-    table += s * _FIELDS * LIMIT
+    table += s * FIELDS * LIMIT
     mine = (owner_T >= 0)[:, None]
     y_TN = y + t[:, None].to(tl.int64) * N + n[None, :]
     acc = tl.load(y_TN, mask=mine, other=0.0).to(tl.float32)
