@@ -57,6 +57,14 @@ class ServerProcess:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exit_code(self, patience: float) -> int:
+        """Once it has ended by itself. Raises subprocess.TimeoutExpired after `patience` seconds."""
+        return self._process.wait(patience)
+
     def stop(self) -> None:
         """SIGTERM to the whole process group, SIGKILL to what is left of it after 10 s."""
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -67,17 +75,16 @@ class ServerProcess:
         self._process.wait()
 
     def tail(self, lines: int = 30) -> str:
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+        text = self._log.read_text(errors="replace").splitlines()
+        return "\n".join([f"--- end of {self._log}", *text[-lines:]])
 
     def _wait(self) -> None:
         deadline = time.monotonic() + self._patience
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise StartFailed(
-                    f"the server ended with code {self._process.returncode}; {self._log} ends\n{self.tail()}"
-                )
+                raise StartFailed(f"the server ended with code {self._process.returncode}\n{self.tail()}")
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return
             time.sleep(0.5)
-        raise StartFailed(f"the server did not answer within {self._patience:.0f} s; {self._log} ends\n{self.tail()}")
+        raise StartFailed(f"the server did not answer within {self._patience:.0f} s\n{self.tail()}")

@@ -13,10 +13,12 @@ from pathlib import Path
 import httpx
 import pytest
 from browser import ask_for, listening, page_for, run, wait_done
-from harness import Server, free_port
+from harness import Server
 from link import Link
 from live import LORA
 from servers import S_LORA, on
+
+from benchmarks.process import free_port
 
 ADAPTERS = {"ink-bd": "bd2-r8", "ink-lora": "plain-r8-attention", "oak-bd": "bd4-r16", "oak-lora": "plain-r32"}
 TIMES_OUT_MS = 60_000

@@ -9,9 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 from browser import ask_for, run, wait_done
-from harness import Server, free_port
+from harness import Server
 from live import LORA
 from servers import S_LORA, on
+
+from benchmarks.process import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), on(S_LORA)]
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from harness import Answer, Ask, Server, free_port, request_body
+from harness import Answer, Ask, Server, request_body
 from prometheus_client.parser import text_string_to_metric_families
 from running import Cluster, configuration
 from zoo import Recipe, write_adapter
 
+from benchmarks.process import free_port
 from sgl_bdlora.cluster.trace import zipf
 
 pytest.importorskip("ray", reason="needs the extra: pip install 'sgl-bdlora[cluster]'")

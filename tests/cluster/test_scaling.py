@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from harness import free_port
 from running import Cluster, configuration
 from zoo import Recipe, write_adapter
+
+from benchmarks.process import free_port
 
 pytest.importorskip("ray", reason="needs the extra: pip install 'sgl-bdlora[cluster]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -1,12 +1,7 @@
 """A real server in a process of its own, asked over HTTP, and the comparison of its answers with the oracle."""
 
-import contextlib
 import os
-import random
 import shlex
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -17,6 +12,8 @@ from typing import Any
 
 import httpx
 from zoo.oracle import TOLERANCE, Oracle
+
+from benchmarks.process import ServerProcess, free_port
 
 START_TIMEOUT_S = 240
 TOP = 5
@@ -68,16 +65,6 @@ class Answer:
         )
 
 
-def free_port() -> int:
-    """A free port below the ephemeral range, whose ports may be taken again before the server binds."""
-    # Not the shared generator: tests seed it, and two runs at once would choose alike.
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("none of 100 ports between 20000 and 32000 is free")
-
-
 @dataclass
 class Server:
     """Start with ``with Server(...) as server``; leaving stops the whole process group."""
@@ -90,7 +77,7 @@ class Server:
     module: str = "sgl_bdlora.launch_server"
     key: str = ""
     base_url: str = ""
-    _process: subprocess.Popen | None = None
+    process: ServerProcess | None = None
 
     def __enter__(self) -> "Server":
         port = free_port()
@@ -102,57 +89,18 @@ class Server:
             *shlex.split(os.environ.get("BDLORA_TEST_ARGUMENTS", "")),
         ]  # fmt: skip
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                env={**os.environ, **self.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        try:
-            self._wait()
-        except BaseException:
-            self.stop()
-            raise
+        self.process = ServerProcess(command, self.environment, self.base_url, self.log, START_TIMEOUT_S)
+        self.process.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _wait(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise RuntimeError(
-                    f"the server ended with code {self._process.returncode} while starting\n{self.tail()}"
-                )
-            try:
-                if httpx.get(f"{self.base_url}/health", timeout=5).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(1)
-        raise TimeoutError(f"the server did not become healthy within {START_TIMEOUT_S} s\n{self.tail()}")
-
     def stop(self) -> None:
-        if self._process is None:
-            return
-        for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-            try:
-                os.killpg(self._process.pid, number)
-            except ProcessLookupError:
-                break
-            try:
-                self._process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
-        self._process.wait()
+        self.process.stop()
 
-    def tail(self, lines: int = 60) -> str:
-        text = self.log.read_text(errors="replace").splitlines()
-        return "\n".join([f"--- end of {self.log}", *text[-lines:]])
+    def tail(self) -> str:
+        return self.process.tail(60)
 
     def post(self, route: str, body: dict[str, Any], timeout: float = 120, key: str | None = None) -> httpx.Response:
         """key: instead of the server's own, which is the administrator's where there is one."""

@@ -68,7 +68,7 @@ class Ending:
 
     def __init__(self, server: Server):
         self.server = server
-        self.launcher = psutil.Process(server._process.pid)
+        self.launcher = psutil.Process(server.process.pid)
 
     def ranks(self) -> list[psutil.Process]:
         """Started before everything else that runs the model's code (cpu/processes.py)."""
@@ -77,7 +77,7 @@ class Ending:
         return sorted(forks.children(), key=psutil.Process.create_time)[:2]
 
     def code(self, patience: float) -> int:
-        return self.server._process.wait(patience)
+        return self.server.process.exit_code(patience)
 
 
 @pytest.fixture
