@@ -16,7 +16,7 @@ from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from sgl_bdlora import config, metrics
+from sgl_bdlora import config
 from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, read_adapter
 from sgl_bdlora.adapters.check import check_rank
 from sgl_bdlora.adapters.root import confined
@@ -25,6 +25,7 @@ from sgl_bdlora.layers import embedding
 from sgl_bdlora.layers.host import host_layers, vocabulary_layers
 from sgl_bdlora.layers.linear import LoRALinearMethod
 from sgl_bdlora.memory_pool import MemoryPool, Resident
+from sgl_bdlora.metrics import engines
 from sgl_bdlora.sharding import AdapterShard, HostModel, even_out, layer_sizes, shard_adapter
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class BDLoRAManager(LoRAManager):
                 self.memory_pool.budget / 2**30,
                 len(self.shards),
             )
-        metrics.publish(self)
+        engines.publish(self)
 
     # Loading and unloading
 
@@ -97,7 +98,7 @@ class BDLoRAManager(LoRAManager):
         """Read, check and shard one adapter; on every rank or on none."""
         result = self._load_on_all(lora_ref, read)
         self.counts["loads" if result.success else "load_failures"] += 1
-        metrics.publish(self)
+        engines.publish(self)
         return result
 
     def _load_on_all(self, lora_ref: LoRARef, read) -> LoRAUpdateOutput:
@@ -173,7 +174,7 @@ class BDLoRAManager(LoRAManager):
         self.last_used.pop(known.lora_id, None)
         self.num_pinned_loras -= int(bool(known.pinned))
         self.counts["unloads"] += 1
-        metrics.publish(self)
+        engines.publish(self)
         return self.create_lora_update_result(success=True)
 
     # Batches
@@ -195,7 +196,7 @@ class BDLoRAManager(LoRAManager):
         copies = (self.memory_pool.loads, self.memory_pool.evictions)
         if copies != self._published:
             self._published = copies
-            metrics.publish(self)
+            engines.publish(self)
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         """Say which rows belong to which adapter, once for all layers."""

@@ -95,7 +95,7 @@ def _register_unloading() -> None:
 
 
 def _register_metrics() -> None:
-    from sgl_bdlora import metrics
+    from sgl_bdlora.metrics import hooks as metrics
 
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     _hook(f"{manager}.init_lora", metrics.after_init_lora, "AFTER")

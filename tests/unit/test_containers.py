@@ -142,7 +142,7 @@ def queries() -> list[str]:
 def test_the_dashboard_asks_for_metrics_that_exist():
     from prometheus_client import CollectorRegistry, generate_latest
 
-    from sgl_bdlora.metrics import AdapterMetrics
+    from sgl_bdlora.metrics.requests import AdapterMetrics
 
     engine = {"collectives": {"plain": 4}, "resident": {"a": 1}, "resident_others": 0}
     numbers = (

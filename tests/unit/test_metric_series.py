@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sgl_bdlora import metrics
-from sgl_bdlora.metrics import FIRST_TOKEN_BUCKETS, AdapterMetrics
+from sgl_bdlora.metrics import engines, hooks
+from sgl_bdlora.metrics.requests import FIRST_TOKEN_BUCKETS, AdapterMetrics
 
 ENGINE = {
     "loads": 3, "load_failures": 1, "unloads": 1, "pool_loads": 7, "pool_evictions": 2, "pool_bytes": 1000, "pool_used_bytes": 600,
@@ -94,30 +94,30 @@ def test_engines_are_added_up_and_named_like_the_rest():
 
 
 def test_what_an_engine_publishes_is_found_and_nobody_elses(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv(metrics.DIRECTORY_ENV, str(tmp_path))
-    monkeypatch.setenv(metrics.RUN_ENV, "this")
-    monkeypatch.setattr(metrics, "engine_numbers", lambda manager: ENGINE)
+    monkeypatch.setenv(engines.DIRECTORY_ENV, str(tmp_path))
+    monkeypatch.setenv(engines.RUN_ENV, "this")
+    monkeypatch.setattr(engines, "engine_numbers", lambda manager: ENGINE)
     (tmp_path / "bdlora-other-1.json").write_text(json.dumps(ENGINE))
-    metrics.publish(SimpleNamespace(tp_rank=1))
-    assert metrics.published() == []
-    metrics.publish(SimpleNamespace(tp_rank=0))
-    assert metrics.published() == [ENGINE]
+    engines.publish(SimpleNamespace(tp_rank=1))
+    assert engines.published() == []
+    engines.publish(SimpleNamespace(tp_rank=0))
+    assert engines.published() == [ENGINE]
     assert sorted(os.listdir(tmp_path)) == ["bdlora-other-1.json", f"bdlora-this-{os.getpid()}.json"]
 
 
 def test_a_full_disk_stops_nothing(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv(metrics.DIRECTORY_ENV, str(tmp_path / "gone"))
-    monkeypatch.setattr(metrics, "engine_numbers", lambda manager: ENGINE)
-    metrics.publish(SimpleNamespace(tp_rank=0))
+    monkeypatch.setenv(engines.DIRECTORY_ENV, str(tmp_path / "gone"))
+    monkeypatch.setattr(engines, "engine_numbers", lambda manager: ENGINE)
+    engines.publish(SimpleNamespace(tp_rank=0))
     assert "metrics not written" in caplog.text
 
 
 def test_spans_and_logs_name_the_adapter():
     state = SimpleNamespace(obj=SimpleNamespace(lora_path="sql"))
     traced, plain = SimpleNamespace(enable_trace=True), SimpleNamespace(enable_trace=False)
-    assert metrics.after_convert_to_span_attrs({"a": 1}, traced, state, None, 0) == {"a": 1, "bdlora.adapter": "sql"}
-    assert metrics.after_convert_to_span_attrs({}, plain, state, None, 0) == {}
+    assert hooks.after_convert_to_span_attrs({"a": 1}, traced, state, None, 0) == {"a": 1, "bdlora.adapter": "sql"}
+    assert hooks.after_convert_to_span_attrs({}, plain, state, None, 0) == {}
     state.obj.lora_path = None
-    assert metrics.after_convert_to_span_attrs({}, traced, state, None, 0) == {"bdlora.adapter": "base"}
-    assert metrics.after_compute_metadata((1, {"text", "lora_path"}, {"text"}), None) == (1, {"text"}, {"text"})
-    assert metrics.after_compute_metadata((2048, None, None), None) == (2048, None, None)
+    assert hooks.after_convert_to_span_attrs({}, traced, state, None, 0) == {"bdlora.adapter": "base"}
+    assert hooks.after_compute_metadata((1, {"text", "lora_path"}, {"text"}), None) == (1, {"text"}, {"text"})
+    assert hooks.after_compute_metadata((2048, None, None), None) == (2048, None, None)
