@@ -25,7 +25,7 @@ def test_adapters_add_no_collective(live):
             assert counts == by_kind["base"], f"{mode}, {kind}: {counts}, the base model {by_kind['base']}"
 
 
-@on(S_LORA, SLOW_S_LORA[0])
+@on(S_LORA, SLOW_S_LORA[0], SLOW_S_LORA[2])
 def test_s_lora_adds_four_a_layer_and_only_where_it_is_used(live):
     """Per decoder layer: base 2; every batch with an S-LoRA adapter 6 (attention only: 4); all-local batches 2.
 
