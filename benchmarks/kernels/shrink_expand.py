@@ -7,7 +7,8 @@ spread over the rows (in blocks above 64 rows, as in prefill), bfloat16.
 
     floor     what has to be moved, at --bandwidth, and two launches of 2.5 us
     ours      sgl_bdlora/kernels/separate.py
-    fused     what LoRA adds to the base product in sgl_bdlora/kernels/fused.py (up to 64 rows): with it less cuBLAS without
+    linear    what LoRA adds to the base product where one method computes both: with it less cuBLAS without. Up to 64 rows that is
+              sgl_bdlora/kernels/fused.py, above the expand written first and the product added to it
     csgmv     SGLang's own LoRA kernels (not where sglang is not installed)
     torch     sgl_bdlora/kernels/torch_ops.py
 """
@@ -112,9 +113,9 @@ def main(argv: list[str] | None = None) -> int:
         layer_bytes = 2 * (count * args.rank * (len(host.slices) * k + n) + x.numel() + 2 * y.numel())
         row = {"floor": layer_bytes / (args.bandwidth * 1e6) + 2 * LAUNCH_US}
         row["ours"] = timed(lambda y=y, x=x, host=host: ops.add_lora(y, x, host.path))
-        if tokens <= FUSED_TOKENS:
-            with_lora = timed(lambda x=x, w=weight, host=host: ops.linear(x, w, None, host.path))
-            row["fused"] = with_lora - timed(lambda x=x, w=weight: torch.mm(x, w.T))
+        few = tokens <= FUSED_TOKENS
+        with_lora = timed(lambda x=x, w=weight, host=host: ops.linear(x, w, None, host.path), static=few)
+        row["linear"] = with_lora - timed(lambda x=x, w=weight: torch.mm(x, w.T))
         stock = csgmv(host, owners, count, args.rank)
         if stock is not None:
             row["csgmv"] = timed(lambda y=y, x=x, stock=stock: stock(y, x))

@@ -279,17 +279,17 @@ def linear_kernel(
     if BIAS:
         acc += tl.load(bias + n).to(tl.float32)[None, :]
     tag = _tag(first_tag, layer)
-    acc = _expand_tile(
-        acc, _read_b(arena, b_off, span, n), x, arena, table, h, t, owner_T, tag, s, r, low(owners_R),
-        T, K, LIMIT, SLICES, SPLITS, BT, BR, LATE_BK,
-    )  # fmt: skip
-    # Not pipelined: nothing may be read ahead of the tags.
-    for first in tl.range(BR, n_rows, BR, num_stages=1):
-        r = first + tl.arange(0, BR)
-        owner_R = low(tl.load(table + OWNER_FIELD * LIMIT + r))
-        b_RN = read_b(arena, table, r, n, LIMIT)
+    owner_R, b_RN = low(owners_R), _read_b(arena, b_off, span, n)
+    # Not pipelined by the compiler: nothing may be read ahead of the tags. B of the next rank rows is under way while h is waited for.
+    for first in tl.range(0, n_rows, BR, num_stages=1):
+        r_next = first + BR + r
+        there = r_next < n_rows
+        next_owner_R = low(tl.load(table + OWNER_FIELD * LIMIT + r_next, mask=there, other=0))
+        next_b_off = tl.multiple_of(tl.load(table + B_FIELD * LIMIT + r_next, mask=there, other=0), 8)
+        next_span = tl.load(table + Y_FIELD * LIMIT + r_next, mask=there, other=0)
         acc = _expand_tile(
-            acc, b_RN, x, arena, table, h, t, owner_T, tag, s, r, owner_R,
+            acc, b_RN, x, arena, table, h, t, owner_T, tag, s, first + r, owner_R,
             T, K, LIMIT, SLICES, SPLITS, BT, BR, LATE_BK,
         )  # fmt: skip
+        owner_R, b_RN = next_owner_R, _read_b(arena, next_b_off, next_span, n)
     tl.store(y + t[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None])

@@ -6,6 +6,10 @@
 for the rank rows r of row t's own adapter, whose columns c of h lie side by side from 0 on (rows.py: places): h is as wide as the largest
 adapter of the batch, whatever their number. Rows of the batch are taken in tiles; a tile visits the adapters between the least and the
 greatest owner in it. The rows of a request lie together, so in prefill that is one adapter or two.
+
+Prefill is bound by the base product's arithmetic, so bytes can be moved beside it: there expand only writes h B^T, and the product adds
+itself to what it finds (cuBLAS, beta = 1). With the product first, expand would read all of y and write it again: twice the bytes, and
+nothing beside them.
 """
 
 import triton
@@ -93,6 +97,7 @@ def shrink_kernel(
 @triton.jit(do_not_specialize=["T", "adapters", "end0", "end1"])
 def expand_kernel(
     y,
+    bias,
     arena,
     table,
     places,
@@ -109,19 +114,30 @@ def expand_kernel(
     BT: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    ADD: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
-    """y += h B^T. Grid: (N / BN, token tiles). y (T, N); the rest as in shrink_kernel."""
+    """y += h B^T if ADD, which leaves rows of the base model alone; else y = bias + h B^T in all rows.
+
+    Grid: (N / BN, token tiles). y (T, N), bias (N,) if BIAS; the rest as in shrink_kernel.
+    """
     n0 = tl.program_id(0) * BN
     n = n0 + tl.arange(0, BN)
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     owner_T, least, greatest = _owners(owners, t, T)
-    if greatest < 0:
-        return
     s = slice_of(n0, end0, end1)
     table += s * FIELDS * LIMIT
-    mine = (owner_T >= 0)[:, None]
     y_TN = y + t[:, None].to(tl.int64) * N + n[None, :]
-    acc = tl.load(y_TN, mask=mine, other=0.0).to(tl.float32)
+    if ADD:
+        if greatest < 0:
+            return
+        written = (owner_T >= 0)[:, None]
+        acc = tl.load(y_TN, mask=written, other=0.0).to(tl.float32)
+    else:
+        written = (t < T)[:, None]
+        acc = tl.zeros((BT, BN), dtype=tl.float32)
+        if BIAS:
+            acc += tl.load(bias + n).to(tl.float32)[None, :]
     for a in range(least, greatest + 1):
         own = owner_T == a
         if tl.max(own.to(tl.int32)) > 0:
@@ -135,4 +151,4 @@ def expand_kernel(
                     place = (t[:, None].to(tl.int64) + split * T) * stride + (column + j)[None, :]
                     h_TR += tl.load(h + place, mask=own[:, None] & inside[None, :], other=0.0).to(tl.float32)
                 acc = tl.dot(h_TR.to(b_RN.dtype), b_RN, acc)
-    tl.store(y_TN, acc.to(y.dtype.element_ty), mask=mine)
+    tl.store(y_TN, acc.to(y.dtype.element_ty), mask=written)

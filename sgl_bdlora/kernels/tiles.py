@@ -15,7 +15,7 @@ FEWEST, MOST = 12, 36
 # Shared memory that the loops of one block may use, bytes; two thirds where several blocks come to a multiprocessor.
 SHARED = 147_000
 WIDTHS = (16, 32, 64, 128)
-ROWS, SHRINK_ROWS = 64, 16
+SHRINK_ROWS = 16
 # Parts of K that h is computed in.
 MAX_SPLITS = 2
 
@@ -59,7 +59,8 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, multiprocessors: i
         stages=max(2, min(6, shared // ((block_t + block_n) * block_k * 2) + 1)),
         warps=8 if block_n >= 128 else 4,
         descriptor=block_n == 64 and block_t == 16,
-        rows=ROWS,
+        # As many as leave registers for h.
+        rows=32 if block_t == 64 else 64,
         programs=min(MOST, max(FEWEST, multiprocessors - blocks)),
         splits=splits,
         shrink_rows=SHRINK_ROWS,

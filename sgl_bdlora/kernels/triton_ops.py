@@ -1,7 +1,8 @@
 """LoRA in linear layers with Triton kernels: the current batch on the device, where CUDA graphs can replay it, and the launches.
 
     rows <= FUSED_TOKENS, local adapters   the layer, shrink and expand in one launch (fused.py)
-    else                                   the layer, then shrink and expand (separate.py)
+    more rows, not in a graph              shrink and expand (separate.py), to which the layer is added
+    in a graph, or a quantised layer       the layer, then shrink and expand are added
     combined pieces (S-LoRA)               the layer, then shrink, an all-reduce of h over the ranks, and expand
 
 The all-reduce stands for both of S-LoRA's collectives: where the paper gathers, the ranks write disjoint columns of a zeroed h. SGLang's
@@ -243,8 +244,8 @@ class TritonOps:
         plan = self.plans[path]
         return (
             plan is not None
-            and (self._static or self._local.used > 0)
-            and len(x_TK) <= FUSED_TOKENS
+            # A prefill graph replays base-only batches too, which would pay for zeros written and added.
+            and (len(x_TK) <= FUSED_TOKENS if self._static else self._local.used > 0)
             and weight_NK.shape == (plan.outputs, plan.inputs)
             and weight_NK.dtype == x_TK.dtype
             and weight_NK.is_contiguous()
@@ -253,10 +254,30 @@ class TritonOps:
     def linear(self, x_TK: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None, path: str) -> torch.Tensor:
         """x W^T + bias with the batch's updates added."""
         plan, layer = self.plans[path], self.index.number[path]
-        x_TK, tokens = x_TK.contiguous(), len(x_TK)
+        x_TK = x_TK.contiguous()
+        y_TN = x_TK.new_empty(len(x_TK), plan.outputs)
+        if len(x_TK) <= FUSED_TOKENS:
+            self._fused(y_TN, x_TK, w_NK, bias_N, plan, layer)
+        else:
+            self._expand(y_TN, self._local_h(x_TK, plan, layer), self._local, plan, layer, bias_N, add=False)
+            y_TN.addmm_(x_TK, w_NK.T)
+        if self._combining and plan.combines:
+            self._add_combined(y_TN, x_TK, plan, layer)
+        return y_TN
+
+    def _fused(
+        self,
+        y_TN: torch.Tensor,
+        x_TK: torch.Tensor,
+        w_NK: torch.Tensor,
+        bias_N: torch.Tensor | None,
+        plan: Plan,
+        layer: int,
+    ) -> None:
+        """The same into y, without pieces that are put together over the ranks."""
+        tokens = len(x_TK)
         block_t = max(_ROWS[0], triton.next_power_of_2(tokens))
         tiles = plan.tiles[block_t]
-        y_TN = x_TK.new_empty(tokens, plan.outputs)
         w_tiles = w_NK
         if tiles.descriptor:
             w_tiles = TensorDescriptor(w_NK, w_NK.shape, w_NK.stride(), [tiles.block_n, tiles.block_k])
@@ -292,27 +313,28 @@ class TritonOps:
             BIAS=bias_N is not None,
             num_warps=tiles.warps,
         )
-        if self._combining and plan.combines:
-            self._add_combined(y_TN, x_TK, plan, layer)
-        return y_TN
 
     def add_lora(self, y_TN: torch.Tensor, x_TK: torch.Tensor, path: str) -> None:
-        """Add the batch's updates to y in place: for quantised layers and for more than FUSED_TOKENS rows."""
+        """Add the batch's updates to y in place: for layers that `linear` cannot compute."""
         plan = self.plans[path]
         if plan is None:
             return
         x_TK, layer = x_TK.contiguous(), self.index.number[path]
         if self._static or self._local.used:
-            splits, tokens = _splits(plan, len(x_TK)), len(x_TK)
-            columns = COLUMNS if self._static else self._width
-            if self._static:
-                h = self._static_h[: splits * tokens * columns].view(splits, tokens, columns)
-            else:
-                h = torch.empty(splits, tokens, columns, dtype=torch.float32, device=y_TN.device)
-            self._shrink(h, x_TK, self._local, plan, layer)
-            self._expand(y_TN, h, self._local, plan, layer)
+            self._expand(y_TN, self._local_h(x_TK, plan, layer), self._local, plan, layer)
         if self._combining and plan.combines:
             self._add_combined(y_TN, x_TK, plan, layer)
+
+    def _local_h(self, x_TK: torch.Tensor, plan: Plan, layer: int) -> torch.Tensor:
+        """h of the local pieces: (splits, tokens, columns) float32."""
+        splits, tokens = _splits(plan, len(x_TK)), len(x_TK)
+        columns = COLUMNS if self._static else self._width
+        if self._static:
+            h = self._static_h[: splits * tokens * columns].view(splits, tokens, columns)
+        else:
+            h = torch.empty(splits, tokens, columns, dtype=torch.float32, device=x_TK.device)
+        self._shrink(h, x_TK, self._local, plan, layer)
+        return h
 
     def _add_combined(self, y_TN: torch.Tensor, x_TK: torch.Tensor, plan: Plan, layer: int) -> None:
         if self._static:
@@ -353,11 +375,21 @@ class TritonOps:
             num_stages=4,
         )
 
-    def _expand(self, y_TN: torch.Tensor, h: torch.Tensor, table: Table, plan: Plan, layer: int) -> None:
+    def _expand(
+        self,
+        y_TN: torch.Tensor,
+        h: torch.Tensor,
+        table: Table,
+        plan: Plan,
+        layer: int,
+        bias_N: torch.Tensor | None = None,
+        add: bool = True,
+    ) -> None:
         splits, tokens, columns = h.shape
         block_n = plan.expand_n if tokens > FUSED_TOKENS else min(plan.expand_n, 64)
         expand_kernel[(plan.outputs // block_n, triton.cdiv(tokens, _tile(tokens)))](
             y_TN,
+            y_TN if bias_N is None else bias_N,
             self._arena,
             table.rows[layer],
             table.places[layer],
@@ -373,6 +405,8 @@ class TritonOps:
             BT=_tile(tokens),
             BN=block_n,
             BR=16,
+            ADD=add,
+            BIAS=bias_N is not None,
             num_warps=4,
         )
 

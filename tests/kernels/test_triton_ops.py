@@ -122,9 +122,18 @@ def test_shrink_and_expand(engine, device, popularity, path, static):
 FUSED = [name for name, who in POPULARITY.items() if len(who) <= FUSED_TOKENS]
 
 
-@pytest.mark.parametrize(("popularity", "bias"), [*((name, False) for name in FUSED), ("distinct", True)])
-def test_linear_with_the_expand_in_its_epilogue(engine, device, popularity, bias):
-    ops, batch, x = case(engine, device, popularity, 3, static=True)
+@pytest.mark.parametrize(
+    ("popularity", "bias", "static"),
+    [
+        *((name, False, True) for name in FUSED),
+        ("distinct", True, True),
+        ("many rows", False, False),
+        ("many rows", True, False),
+    ],
+)
+def test_linear(engine, device, popularity, bias, static):
+    """Few rows in one launch, many added to what the expand wrote."""
+    ops, batch, x = case(engine, device, popularity, 3, static)
     generator = torch.Generator().manual_seed(4)
     weight = (torch.randn(sum(N), K, generator=generator) * 0.1).to(x)
     b = torch.randn(sum(N), generator=generator).to(x) if bias else None
