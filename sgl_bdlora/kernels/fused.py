@@ -284,7 +284,7 @@ def linear_kernel(
     for first in tl.range(0, n_rows, BR, num_stages=1):
         r_next = first + BR + r
         there = r_next < n_rows
-        next_owner_R = low(tl.load(table + OWNER_FIELD * LIMIT + r_next, mask=there, other=0))
+        next_owner_R = low(tl.load(table + OWNER_FIELD * LIMIT + r_next, mask=there, other=-2))
         next_b_off = tl.multiple_of(tl.load(table + B_FIELD * LIMIT + r_next, mask=there, other=0), 8)
         next_span = tl.load(table + Y_FIELD * LIMIT + r_next, mask=there, other=0)
         acc = _expand_tile(
