@@ -31,6 +31,7 @@ def variants(tiles, outputs: int, inputs: int, quick: bool):
     near += [replace(tiles, stages=tiles.stages + more) for more in (-1, 1)]
     near += [replace(tiles, descriptor=not tiles.descriptor), replace(tiles, warps=12 - tiles.warps)]
     near += [replace(tiles, rows=tiles.rows * 2), replace(tiles, shrink_rows=64)]
+    near += [replace(tiles, early=early) for early in (256, 512, 1024) if early <= inputs]
     near += [replace(tiles, shrink_k=k) for k in (64, 128, 256) if inputs // tiles.splits % k == 0]
     wide = []
     for (block_n, block_k), stages, descriptor in itertools.product(WIDTHS, (4, 6), (False, True)):

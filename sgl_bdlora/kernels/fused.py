@@ -14,7 +14,8 @@ tile of x W^T, to which it adds the expand before it stores it: y is written onc
 tile waits for h itself, every word of which carries a tag of the launch that wrote it. A tile whose tags do not come computes its part of
 the shrink itself, so it ends whether or not the others ever get a place on the chip.
 
-What a tile needs of the tables is loaded before the product and looked at after it: nothing waits in front of the weights. Rows beyond the
+What a tile needs of the tables is loaded before the product, and what they point to (B, h) is asked for shortly before the product ends:
+nothing waits in front of the weights, and little behind them. Rows beyond the
 batch are masked, not repeated: hundreds of programs that ask for the same line of x wait for each other (2 us of 11, one token).
 
 h is float32 with the low 12 bits replaced by the tag, which leaves 12 bits of significand: more than float16's 11 and bfloat16's 8.
@@ -87,6 +88,12 @@ def shrink_tile(
 
 
 @triton.jit
+def _own(owner_T, owner_R):
+    """Which rank rows are a row's own adapter's: (BT, BR). Adapters have multiples of four rows (rows.py: TOGETHER)."""
+    return tl.max_constancy(owner_T[:, None] == owner_R[None, :], [1, 4])
+
+
+@triton.jit
 def _tagged(v, tag):
     """Words of h: v rounded to nearest above the tag's bits. Infinities and NaN keep theirs."""
     bits = v.to(tl.int32, bitcast=True)
@@ -95,59 +102,56 @@ def _tagged(v, tag):
 
 
 @triton.jit
-def _word(h, place, own, tag):
-    """One split's words, float32, and whether any is of an older launch: of one load, for a word read again may be newer."""
-    word = tl.load(h + place, mask=own, other=tag, volatile=True)
-    return (word & ~_MASK).to(tl.float32, bitcast=True), tl.max(((word & _MASK) != tag).to(tl.int32))
+def _words(h, place, own, tag):
+    """Words of h of one split. A word read again may be newer, so value and tag come from one load."""
+    return tl.load(h + place, mask=own, other=tag, volatile=True)
 
 
 @triton.jit
-def _read_h(h, place, split_stride, own, tag, SPLITS: tl.constexpr):
-    """The sum of the splits, float32, zero where not own; and how many splits have words that are not this launch's yet."""
-    total, late = _word(h, place, own, tag)
-    for split in tl.static_range(1, SPLITS):
-        value, more = _word(h, place + split * split_stride, own, tag)
-        total += value
-        late += more
-    return total, late
+def _value(word):
+    return (word & ~_MASK).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _late(word, other, tag):
+    """Whether words are of an older launch."""
+    return tl.max(((word ^ tag) | (other ^ tag)) & _MASK) > 0
 
 
 @triton.jit
 def _expand_tile(
     acc,
     b_RN,
+    word,
+    other,
     x,
     arena,
     table,
     h,
     t,
-    owner_T,
+    own,
+    place,
     tag,
-    s,
     r,
-    owner_R,
     T,
     K,
     LIMIT: tl.constexpr,
-    SLICES: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BT: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """acc + h B^T for BR rank rows."""
-    own = owner_T[:, None] == owner_R[None, :]
-    place = (t[:, None] * SLICES + s) * LIMIT + r[None, :]
-    h_TR, late = _read_h(h, place, BT * SLICES * LIMIT, own, tag, SPLITS)
-    if late > 0:
-        patience = _PATIENCE
-        while (late > 0) & (patience > 0):
-            _, late = _read_h(h, place, BT * SLICES * LIMIT, own, tag, SPLITS)
-            patience -= 1
-        if late > 0:
-            h_TR = shrink_tile(x, arena, table, t, T, 0, K, K, r, LIMIT, BT, BR, BK)
-        else:
-            h_TR, _ = _read_h(h, place, BT * SLICES * LIMIT, own, tag, SPLITS)
+    """acc + h B^T for BR rank rows. word, other: the two splits of h as they were read first; the same words where there is one split."""
+    late = _late(word, other, tag)
+    patience = _PATIENCE
+    while late & (patience > 0):
+        word = _words(h, place, own, tag)
+        other = _words(h, place + SPLIT, own, tag)
+        late = _late(word, other, tag)
+        patience -= 1
+    h_TR = _value(word) + _value(other) if SPLIT > 0 else _value(word)
+    if late:
+        h_TR = shrink_tile(x, arena, table, t, T, 0, K, K, r, LIMIT, BT, BR, BK)
     # Chosen, not multiplied by zero: another adapter's rows may hold infinity here.
     h_TR = tl.where(own, h_TR, 0.0).to(b_RN.dtype)
     return tl.dot(h_TR, b_RN, acc)
@@ -202,7 +206,7 @@ def _shrink(
         s = piece // SPLITS // groups
         r = piece // SPLITS % groups * BR + tl.arange(0, BR)
         rows = table + s * FIELDS * LIMIT
-        own = owner_T[:, None] == low(tl.load(rows + OWNER_FIELD * LIMIT + r))[None, :]
+        own = _own(owner_T, low(tl.load(rows + OWNER_FIELD * LIMIT + r)))
         v = shrink_tile(x, arena, rows, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK)
         place = ((split * BT + t[:, None]) * SLICES + s) * LIMIT + r[None, :]
         tl.store(h + place, _tagged(v, tag), mask=own)
@@ -234,6 +238,7 @@ def linear_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
     BR: tl.constexpr,
     SHRINK_BR: tl.constexpr,
     SHRINK_BK: tl.constexpr,
@@ -246,7 +251,7 @@ def linear_kernel(
     x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK, SPLITS * SHRINK_BK and LATE_BK, slices by BN. w_tiles: a tensor
     descriptor of w, which is read through it if TILES. h (SPLITS, BT, SLICES, LIMIT) int32: tagged sums over SPLITS equal parts of K; only
     words of a row's own adapter are written. PROGRAMS may be 0: then every tile computes its own. meta: first tag less one, number of rank
-    rows. end0, end1: where the outputs of the first and of the second slice end; N where there is no further slice.
+    rows. end0, end1: where the outputs of the first and of the second slice end; N where there is no further slice. EARLY: inputs that are left when a tile asks for h and B.
     """
     t = tl.arange(0, BT)
     owner_T = tl.load(owners + t, mask=t < T, other=-1)
@@ -262,11 +267,18 @@ def linear_kernel(
     n0 = (tl.program_id(0) - PROGRAMS) * BN
     n = n0 + tl.arange(0, BN)
     s = slice_of(n0, end0, end1)
+    tag = _tag(first_tag, layer)
     table += s * FIELDS * LIMIT
+    # From one split's words to the next's; 0 where there is one split, whose words are then read twice.
+    SPLIT: tl.constexpr = (SPLITS - 1) * BT * SLICES * LIMIT
     r = tl.arange(0, BR)
-    owners_R = tl.load(table + OWNER_FIELD * LIMIT + r)
+    owner_R = tl.load(table + OWNER_FIELD * LIMIT + r)
     b_off = tl.multiple_of(tl.load(table + B_FIELD * LIMIT + r), 8)
     span = tl.load(table + Y_FIELD * LIMIT + r)
+    place = (t[:, None] * SLICES + s) * LIMIT + r[None, :]
+    word = tl.zeros((BT, BR), dtype=tl.int32)
+    other = tl.zeros((BT, BR), dtype=tl.int32)
+    b_RN = tl.zeros((BR, BN), dtype=x.dtype.element_ty)
     k = tl.arange(0, BK)
     acc = tl.zeros((BT, BN), dtype=tl.float32)
     for k0 in tl.range(0, K, BK, num_stages=STAGES):
@@ -276,20 +288,25 @@ def linear_kernel(
             w_KN = tl.load(w + n[None, :].to(tl.int64) * K + (k0 + k)[:, None])
         x_TK = tl.load(x + t[:, None] * K + (k0 + k)[None, :], mask=(t < T)[:, None], other=0.0)
         acc = tl.dot(x_TK, w_KN, acc)
+        if k0 == K - EARLY:
+            word = _words(h, place, _own(owner_T, low(owner_R)), tag)
+            other = _words(h, place + SPLIT, _own(owner_T, low(owner_R)), tag)
+            b_RN = _read_b(arena, b_off, span, n)
+    own = _own(owner_T, low(owner_R))
     if BIAS:
         acc += tl.load(bias + n).to(tl.float32)[None, :]
-    tag = _tag(first_tag, layer)
-    owner_R, b_RN = low(owners_R), _read_b(arena, b_off, span, n)
-    # Not pipelined by the compiler: nothing may be read ahead of the tags. B of the next rank rows is under way while h is waited for.
-    for first in tl.range(0, n_rows, BR, num_stages=1):
-        r_next = first + BR + r
-        there = r_next < n_rows
-        next_owner_R = low(tl.load(table + OWNER_FIELD * LIMIT + r_next, mask=there, other=-2))
-        next_b_off = tl.multiple_of(tl.load(table + B_FIELD * LIMIT + r_next, mask=there, other=0), 8)
-        next_span = tl.load(table + Y_FIELD * LIMIT + r_next, mask=there, other=0)
+    acc = _expand_tile(
+        acc, b_RN, word, other, x, arena, table, h, t, own, place, tag, r, T, K, LIMIT, SPLIT, BT, BR, LATE_BK
+    )
+    # Not pipelined: nothing may be read ahead of the tags.
+    for first in tl.range(BR, n_rows, BR, num_stages=1):
+        r = first + tl.arange(0, BR)
+        own = _own(owner_T, low(tl.load(table + OWNER_FIELD * LIMIT + r)))
+        place += BR
+        word = _words(h, place, own, tag)
+        other = _words(h, place + SPLIT, own, tag)
+        b_RN = read_b(arena, table, r, n, LIMIT)
         acc = _expand_tile(
-            acc, b_RN, x, arena, table, h, t, owner_T, tag, s, first + r, owner_R,
-            T, K, LIMIT, SLICES, SPLITS, BT, BR, LATE_BK,
-        )  # fmt: skip
-        owner_R, b_RN = next_owner_R, _read_b(arena, next_b_off, next_span, n)
+            acc, b_RN, word, other, x, arena, table, h, t, own, place, tag, r, T, K, LIMIT, SPLIT, BT, BR, LATE_BK
+        )
     tl.store(y + t[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None])

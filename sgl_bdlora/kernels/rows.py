@@ -9,7 +9,8 @@ five numbers (fused.py reads them as int64 columns of `LIMIT` entries):
     Y_FIELD      y0 | y1 << 32
     OWNER_FIELD  owner | bits of the float32 scale << 32; owner -2: no row
 
-An adapter's rows of one slice of a layer lie together, and they have columns of h one after another, slice after slice. Where a
+An adapter's local rows of one slice are filled up to a multiple of four with rows that touch nothing, so that kernels read and write h in
+vectors. An adapter's rows of one slice of a layer lie together, and they have columns of h one after another, slice after slice. Where a
 collective stands between shrink and expand, a rank shrinks some rows (its part of them, or all on its part of the inputs) and expands
 all: two lists, whose rows share the columns of h that the collective combines.
 """
@@ -25,6 +26,8 @@ from sgl_bdlora.sharding.shard import ALIGNMENT
 FIELDS = 5
 SLICES = 3
 _OFFSETS = (0, 2)
+# Local rows of a slice come in multiples of this.
+TOGETHER = 4
 _NO_OWNER = -2 & 0xFFFFFFFF
 
 
@@ -84,7 +87,7 @@ class AdapterRows:
 
 def adapter_rows(shard: AdapterShard, index: LayerIndex) -> AdapterRows:
     """The rank rows of an adapter. Raises NoRankRows."""
-    local, shrink, expand = _Collector(index), _Collector(index), _Collector(index)
+    local, shrink, expand = _Collector(index, TOGETHER), _Collector(index), _Collector(index)
     first_rank = np.zeros((len(index), SLICES), dtype=np.int64)
     for path, layer in shard.layers.items():
         if path not in index.number:
@@ -110,11 +113,15 @@ def adapter_rows(shard: AdapterShard, index: LayerIndex) -> AdapterRows:
 
 
 class _Collector:
-    def __init__(self, index: LayerIndex):
+    """together: rows of a slice are filled up to a multiple of it."""
+
+    def __init__(self, index: LayerIndex, together: int = 1):
+        self._together = together
         self._counts = np.zeros((len(index), SLICES), dtype=np.int64)
         self._parts: dict[tuple[int, int], np.ndarray] = {}
 
     def add(self, place: tuple[int, int], fields: np.ndarray) -> None:
+        fields = np.pad(fields, ((0, -len(fields) % self._together), (0, 0)))
         self._counts[place] = len(fields)
         self._parts[place] = fields
 

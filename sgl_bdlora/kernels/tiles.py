@@ -18,11 +18,14 @@ WIDTHS = (16, 32, 64, 128)
 SHRINK_ROWS = 16
 # Parts of K that h is computed in.
 MAX_SPLITS = 2
+# Inputs before the end of the product at which a tile asks for h and B.
+EARLY = 512
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """block_n x block_k of W at a time in `stages` pipeline stages by `warps` warps; descriptor: through a tensor descriptor.
+    """block_n x block_k of W at a time in `stages` pipeline stages by `warps` warps; descriptor: through a tensor descriptor. early: inputs
+    that are left when a tile asks for h and B, a multiple of block_k.
 
     rows: rank rows of h and B at a time. programs: blocks that compute h, shrink_rows rank rows and shrink_k inputs at a time, K in
     `splits` parts.
@@ -33,6 +36,7 @@ class Tiles:
     stages: int
     warps: int
     descriptor: bool
+    early: int
     rows: int
     programs: int
     splits: int
@@ -59,6 +63,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, multiprocessors: i
         stages=max(2, min(6, shared // ((block_t + block_n) * block_k * 2) + 1)),
         warps=8 if block_n >= 128 else 4,
         descriptor=block_n == 64 and block_t == 16,
+        early=min(EARLY, inputs) // block_k * block_k,
         # As many as leave registers for h.
         rows=32 if block_t == 64 else 64,
         programs=min(MOST, max(FEWEST, multiprocessors - blocks)),

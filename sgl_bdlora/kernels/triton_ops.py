@@ -305,6 +305,7 @@ class TritonOps:
             BN=tiles.block_n,
             BK=tiles.block_k,
             STAGES=tiles.stages,
+            EARLY=tiles.early,
             BR=tiles.rows,
             SHRINK_BR=tiles.shrink_rows,
             SHRINK_BK=tiles.shrink_k,
