@@ -15,7 +15,7 @@ from app.served import Served, parse
 SILENCE_S = 180
 STATE_AGE_S = 1.0
 # A server with an admin key takes no other key here.
-ADMIN_ROUTES = ("/bdlora/info", "/flush_cache", "/load_lora_adapter", "/unload_lora_adapter")
+ADMIN_ROUTES = ("/bdlora/info", "/load_lora_adapter", "/unload_lora_adapter")
 
 
 class ServerProblem(Exception):
@@ -80,16 +80,6 @@ class Server:
 
     def unload(self, name: str) -> None:
         self._change("/unload_lora_adapter", {"lora_name": name})
-
-    def flush_cache(self, patience_s: float = 2.0) -> bool:
-        """Forget cached prompts; False when the server has had work all that time and does not."""
-        end = time.monotonic() + patience_s
-        while self._request("POST", "/flush_cache").status_code != 200:
-            # A batch that has just been answered may not be cleared away yet.
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.1)
-        return True
 
     def stream(self, body: dict[str, Any]) -> Iterator[Chunk]:
         """Send `body` to /generate and yield what arrives; closing the iterator ends the requests on the server.

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +13,8 @@ BLOCK, PLAIN = "block-diagonal", "plain"
 WARM_UP_TOKENS = 2
 # A run that nobody has looked at for this long ends: its reader has left.
 UNWATCHED_S = 30
+# How often a run is drawn while it goes on.
+REFRESH_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,10 @@ class Ask:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. same_length: every answer has exactly max_tokens, so that both arms do the same work."""
+    """What to run. same_length: every answer has exactly max_tokens, so that both arms do the same work.
+
+    forget_prompts: no batch finds prompts that another one left in the server's cache.
+    """
 
     asks: tuple[Ask, ...]
     max_tokens: int
@@ -35,12 +41,14 @@ class Plan:
     prompt_format: str = "{prompt}"
 
     def body(self, arm: str, max_tokens: int | None = None) -> dict:
-        """The arm's batch as one /generate request."""
+        """The arm's batch as one /generate request, anew for every batch."""
         adapters = [ask.adapters[arm] for ask in self.asks]
         return {
             "text": [self.prompt_format.replace("{prompt}", ask.prompt) for ask in self.asks],
             # A server without LoRA refuses the field even when it names none.
             **({"lora_path": adapters} if any(adapters) else {}),
+            # A new key hides what is cached. Emptying the cache instead slows the next batch: SGLang frees device memory with it.
+            **({"extra_key": uuid.uuid4().hex} if self.forget_prompts else {}),
             "sampling_params": {
                 "temperature": self.temperature,
                 "max_new_tokens": max_tokens or self.max_tokens,
@@ -70,7 +78,6 @@ class Comparison:
     changes: int = 0
     batches: list[Batch] = field(default_factory=list)
     live: dict[str, tuple[Answer, ...]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _seen: float = 0.0
 
@@ -120,7 +127,6 @@ class Comparison:
             self._say(
                 f"Repeat {repeat + 1} of {self.plan.repeats}: {self.titles[arm]}, batch of {len(self.plan.asks)} requests"
             )
-            self._forget_prompts(arm)
             batch = self._batch(arm, repeat, self.plan.max_tokens)
             if batch.error or self._stopped():
                 return self._end(batch)
@@ -157,17 +163,6 @@ class Comparison:
         if keep:
             self.batches.append(batch)
         return batch
-
-    def _forget_prompts(self, arm: str) -> None:
-        try:
-            forgotten = not self.plan.forget_prompts or self.servers[arm].flush_cache()
-        except ServerProblem:
-            # The batch itself will say what is wrong.
-            return
-        if not forgotten:
-            note = "The server was busy with other requests: cached prompts could not be forgotten, and times include those requests."
-            if note not in self.notes:
-                self.notes.append(note)
 
     def _stopped(self) -> bool:
         return self._stop.is_set() or time.monotonic() - self._seen > UNWATCHED_S

@@ -82,11 +82,10 @@ def record(
     plain: Served,
     block: Served,
     batches: Sequence[Batch],
-    notes: Sequence[str],
     error: str | None,
 ) -> Record:
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    lines = _note(choices, sides, plain, block) + [("Note", words) for words in notes]
+    lines = _note(choices, sides, plain, block)
     on_cpu = "cpu" in (plain.device, block.device)
     return Record(made, tuple(sides), tuple(batches), tuple([("Run", made), *lines]), on_cpu, error)
 
@@ -112,7 +111,7 @@ def _note(choices: Choices, sides: Sequence[Arm], plain: Served, block: Served) 
         ("Batch", f"{show_mix(choices.mix)}; {sum(choices.mix.values())} requests sent at once"),
         ("Answers", _answers(choices)),
         ("Order", f"{choices.repeats} repeats, the other side first in every second; a short batch of each before, not measured"),
-        ("Prompts", "forgotten before each batch: the first token includes reading them" if choices.forget_prompts else "may be cached"),
+        ("Prompts", "not taken from the cache: the first token includes reading them" if choices.forget_prompts else "may be cached"),
         ("Version", both(_version)),
     ]  # fmt: skip
     if BASE in choices.mix:

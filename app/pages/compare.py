@@ -10,13 +10,12 @@ import gradio as gr
 from app import record as records
 from app import results, text
 from app.client import ServerProblem
-from app.compare import BLOCK, PLAIN, Comparison
+from app.compare import BLOCK, PLAIN, REFRESH_S, Comparison
 from app.context import Context, look, pairs
 from app.pairs import BASE, read_mix, show_mix, spread
 from app.planning import Choices, arms, plan, record
 from app.record import Arm, Record
 
-REFRESH_S = 0.2
 EVEN, SKEWED = "Even", "Skewed: the first is asked most"
 PLACEHOLDER = "<p class='placeholder'>Times, collectives and bytes are drawn here while the batches run.</p>"
 SIDES = ((PLAIN, "S-LoRA sharding", "left"), (BLOCK, "Block-diagonal", "right"))
@@ -48,7 +47,7 @@ def build(context: Context, timer: gr.Timer, demo: gr.Blocks) -> None:
             same = gr.Checkbox(
                 True, label="Every answer has exactly the length above, so that both sides do equal work"
             )
-            forget = gr.Checkbox(True, label="Forget cached prompts before each batch")
+            forget = gr.Checkbox(True, label="Do not take prompts from the cache")
     with gr.Row():
         run = gr.Button("Run the comparison", variant="primary", elem_id="run", scale=3)
         stop = gr.Button("Stop", elem_id="stop", scale=1)
@@ -131,7 +130,7 @@ def compare(context: Context, wanted) -> Iterator[tuple]:
     run = Comparison(plan(choices, found, block), context.arms, {arm.key: arm.title for arm in sides}).start()
 
     def so_far() -> Record:
-        return record(choices, sides, plain, block, run.batches, run.notes, run.error)
+        return record(choices, sides, plain, block, run.batches, run.error)
 
     seen, drawn, done = -1, -1, False
     try:

@@ -44,6 +44,7 @@ from benchmarks.record import RESULTS, Rows, gpu_name, read_rows
 from . import plot
 from .arms import ARMS, BASE_ONLY, SERVERS, Setup, command
 from .mixes import Adapter, Mix, adapters_of, mix
+from .timing import decode_s, random_ids, time_batches
 
 MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
 TARGETS = {"all": MODULES, "attention": ATTENTION}
@@ -269,7 +270,7 @@ class Latency:
             rank=[self._rank(rank, point.ratio) for rank in point.mix.ranks] if adapters else [],
             params_ratio=self._measured_ratio(point.mix, point.ratio) if adapters else None, wanted_ratio=point.ratio,
             batch=point.batch, input_len=point.prompt, output_len=point.output,
-            ttft_ms=first * 1e3, decode_ms=(whole - first) / (point.output - 1) * 1e3, e2e_s=whole,
+            ttft_ms=first * 1e3, decode_ms=decode_s(first, whole, point.output) * 1e3, e2e_s=whole,
         )  # fmt: skip
         self.points.append(row)
         print(
@@ -286,21 +287,13 @@ class Latency:
     def _time(self, url: str, batch: int, prompt: int, output: int, names: list[str] | None) -> tuple[float, float]:
         """Median seconds until every request has its first token, and until all have ended."""
         rng = random.Random(0)
-        first, whole = [], []
-        with httpx.Client(timeout=600) as client:
-            for repeat in range(-1, self.args.repeats):
-                for tokens, times in ((1, first), (output, whole)):
-                    body = {
-                        "input_ids": [
-                            [rng.randrange(3, self.shape.vocab) for _ in range(prompt)] for _ in range(batch)
-                        ],
-                        "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
-                        **({"lora_path": names} if names else {}),
-                    }
-                    begin = time.perf_counter()
-                    client.post(f"{url}/generate", json=body).raise_for_status()
-                    if repeat >= 0:
-                        times.append(time.perf_counter() - begin)
+        first, whole = time_batches(
+            url,
+            lambda: {"input_ids": random_ids(rng, self.shape.vocab, batch, prompt)},
+            output,
+            names,
+            self.args.repeats,
+        )
         return statistics.median(first), statistics.median(whole)
 
     def _summarize(self) -> None:

@@ -114,7 +114,7 @@ def test_the_note_says_what_was_compared():
         ("S-LoRA sharding", ("json-lora", "sql"), 200, 22, 8),
         ("Block-diagonal", ("json-bd", "sql.block"), 180, 22, 0),
     ]
-    made = record(chosen, sides, state, state, [], ["so it was"], None)
+    made = record(chosen, sides, state, state, [], None)
     note = dict(made.note)
     assert made.on_cpu
     assert note["Hardware"] == "2 ranks on chip (2 cores)"
@@ -123,10 +123,10 @@ def test_the_note_says_what_was_compared():
     assert note["Batch"] == "json 2, sql 1, base model 1; 4 requests sent at once"
     assert "0.90 times" in note["Parameters"]
     assert "json-lora (rank 4)" in note["S-LoRA sharding"]
-    assert note["Note"] == "so it was"
+    assert note["Prompts"].startswith("not taken from the cache")
     assert "Sharding" not in note
     one = served(*BLOCKS, *PLAINS, tp=1, sharding="replicated", device="cuda")
-    other = record(chosen, arms(chosen, pairs, one, one, {PLAIN: "a", BLOCK: "b"}), one, one, [], [], None)
+    other = record(chosen, arms(chosen, pairs, one, one, {PLAIN: "a", BLOCK: "b"}), one, one, [], None)
     assert {"One rank", "Sharding"} <= dict(other.note).keys()
     assert dict(other.note)["Engine"].startswith("two servers")
     assert not other.on_cpu

@@ -106,12 +106,11 @@ def test_the_admin_key_is_sent_to_the_routes_of_administration_only():
         handler.end_headers()
         handler.wfile.write(b"{}")
 
-    routes = ("/bdlora/info", "/load_lora_adapter", "/unload_lora_adapter", "/flush_cache", "/generate")
+    routes = ("/bdlora/info", "/load_lora_adapter", "/unload_lora_adapter", "/generate")
     with Fake(dict.fromkeys(routes, note)) as fake:
         server = Server(fake.url, "user's", "admin's")
         for ask in (server.state, lambda: server.load("a", "/a"), lambda: server.unload("a")):
             problem(ask)
-        server.flush_cache(patience_s=0)
         problem(lambda: list(server.stream({"text": ["a"]})))
         problem(Server(fake.url, "user's").state)
     assert seen[:-1] == [(route, f"Bearer {'user' if route == '/generate' else 'admin'}'s") for route in routes]
@@ -161,17 +160,14 @@ TITLES = {PLAIN: "S-LoRA sharding", BLOCK: "Block-diagonal"}
 
 
 def test_a_run_takes_turns_and_is_warmed_up():
-    with Fake({"/generate": streaming(9), "/flush_cache": (200, {})}) as fake:
+    with Fake({"/generate": streaming(9)}) as fake:
         server = Server(fake.url)
         run = finish(Comparison(plan(), {PLAIN: server, BLOCK: server}, TITLES).start())
-    asked = [
-        (body["lora_path"][0], body["sampling_params"]["max_new_tokens"])
-        for path, body in fake.asked
-        if path == "/generate"
-    ]
+    asked = [(body["lora_path"][0], body["sampling_params"]["max_new_tokens"]) for _, body in fake.asked]
     assert asked[:2] == [("x-lora", 2), ("x-bd", 2)]
     assert asked[2:] == [("x-lora", 4), ("x-bd", 4), ("x-bd", 4), ("x-lora", 4)]
-    assert [path for path, _ in fake.asked].count("/flush_cache") == 4
+    # Prompts are forgotten: no batch looks up what another one left in the cache.
+    assert len({body["extra_key"] for _, body in fake.asked}) == 6
     assert run.error is None
     assert [(b.arm, b.repeat, b.complete) for b in run.batches] == [
         (PLAIN, 0, True), (BLOCK, 0, True), (BLOCK, 1, True), (PLAIN, 1, True),
@@ -181,19 +177,18 @@ def test_a_run_takes_turns_and_is_warmed_up():
 
 def test_a_server_that_dies_leaves_what_had_arrived():
     with (
-        Fake({"/generate": streaming(9), "/flush_cache": (400, {})}) as well,
-        Fake({"/generate": streaming(9, stop_after=2), "/flush_cache": (200, {})}) as ill,
+        Fake({"/generate": streaming(9)}) as well,
+        Fake({"/generate": streaming(9, stop_after=2)}) as ill,
     ):
         run = finish(Comparison(plan(), {PLAIN: Server(well.url), BLOCK: Server(ill.url)}, TITLES).start())
     assert "broke off" in run.error
     assert "1 finished batch and what had arrived are kept" in run.error
     assert [b.complete for b in run.batches] == [True, False]
     assert [a.tokens for a in run.batches[1].answers] == [2, 2]
-    assert "busy" in run.notes[0]
 
 
 def test_runs_wait_for_each_other_and_can_be_stopped():
-    with Fake({"/generate": streaming(500, gap=0.01), "/flush_cache": (200, {})}) as fake:
+    with Fake({"/generate": streaming(500, gap=0.01)}) as fake:
         server = Server(fake.url)
         first = Comparison(plan(tokens=500), {PLAIN: server, BLOCK: server}, TITLES).start()
         while not first.live:

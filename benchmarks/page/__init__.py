@@ -1,0 +1,1 @@
+"""Whether the page's numbers are those of the latency benchmark."""
