@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import yaml
 
+from benchmarks.cluster.client import client, replay, send
 from benchmarks.files import Shape, write_adapter, write_model
 from benchmarks.process import free_port
 from benchmarks.record import RESULTS, Rows
@@ -44,15 +45,6 @@ SECONDS_TO_START = 200
 DECODE = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 4), (8, 4), (8, 8))
 PREFILL = (16, 64, 128, 256)
 DECODE_TOKENS = 24
-
-
-@dataclass(frozen=True)
-class Sent:
-    """One streamed request. Seconds; tpot is None of a single token."""
-
-    ttft: float
-    tpot: float | None
-    ok: bool
 
 
 def configuration(folder: Path, costs: str, args: argparse.Namespace) -> dict:
@@ -106,26 +98,6 @@ class Running:
             self._process.kill()
 
 
-async def send(http: httpx.AsyncClient, adapter: str, prompt: int, output: int) -> Sent:
-    body = {
-        "input_ids": [random.randrange(3, SHAPE.vocab) for _ in range(prompt)], "lora_path": adapter, "stream": True,
-        "sampling_params": {"temperature": 0, "max_new_tokens": output, "ignore_eos": True},
-    }  # fmt: skip
-    began, first, tokens, ok = time.perf_counter(), None, 0, False
-    async with http.stream("POST", "/generate", json=body) as response:
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                now = time.perf_counter()
-                tokens = json.loads(line[6:]).get("meta_info", {}).get("completion_tokens", tokens)
-                first = first or now
-                last = now
-            ok = ok or line == "data: [DONE]"
-    ok = ok and response.status_code == 200 and tokens == output
-    if not ok:
-        return Sent(float("inf"), None, False)
-    return Sent(first - began, (last - first) / (output - 1) if output > 1 else None, True)
-
-
 async def profile(http: httpx.AsyncClient, ranks: dict[str, int], repeats: int) -> tuple[list[dict], list[dict]]:
     """Rows for costs.fit(): decode steps and prefills, the same on both replicas at once."""
     status = (await http.get("/cluster/status")).json()
@@ -135,19 +107,21 @@ async def profile(http: httpx.AsyncClient, ranks: dict[str, int], repeats: int) 
     if least < 8:
         raise SystemExit(f"only {least} adapters live on one replica alone; the profile needs 8")
     for adapter in itertools.chain.from_iterable(alone.values()):
-        await send(http, adapter, 8, 2)
+        await send(http, adapter, 8, 2, SHAPE.vocab)
     decode, prefill = [], []
     for _ in range(repeats):
         for batch, distinct in DECODE:
             chosen = {n: alone[n][:distinct] for n in names}
-            asks = [send(http, chosen[n][i % distinct], 16, DECODE_TOKENS) for n in names for i in range(batch)]
+            asks = [
+                send(http, chosen[n][i % distinct], 16, DECODE_TOKENS, SHAPE.vocab) for n in names for i in range(batch)
+            ]
             ms = [1000 * s.tpot for s in await asyncio.gather(*asks)]
             used = [ranks[a] for n in names for a in chosen[n]]
             row = {"batch": batch, "rows": sum(used) / len(names), "width": max(used), "ms": statistics.median(ms)}
             decode.append(row)
         for tokens in PREFILL:
             for place in (0, 4):
-                asks = [send(http, alone[n][place], tokens, 1) for n in names]
+                asks = [send(http, alone[n][place], tokens, 1, SHAPE.vocab) for n in names]
                 ms = [1000 * s.ttft for s in await asyncio.gather(*asks)]
                 rank = sum(ranks[alone[n][place]] for n in names) / len(names)
                 prefill.append(
@@ -156,21 +130,10 @@ async def profile(http: httpx.AsyncClient, ranks: dict[str, int], repeats: int) 
     return decode, prefill
 
 
-async def replay(http: httpx.AsyncClient, trace: Trace, names: Sequence[str]) -> list[Sent]:
-    began = time.perf_counter()
-
-    async def one(i: int) -> Sent:
-        await asyncio.sleep(trace.arrival[i] - (time.perf_counter() - began))
-        return await send(http, names[trace.adapter[i]], int(trace.prompt[i]), int(trace.output[i]))
-
-    return await asyncio.gather(*(one(i) for i in range(len(trace))))
-
-
 async def measure(url: str, ranks: dict[str, int], trace: Trace, names: Sequence[str], repeats: int):
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False, limits=limits) as http:
+    async with client(url) as http:
         rows = await profile(http, ranks, repeats)
-        sent = await replay(http, trace, names)
+        sent = await replay(http, trace, names, SHAPE.vocab)
         return rows, sent, (await http.get("/cluster/status")).json()
 
 

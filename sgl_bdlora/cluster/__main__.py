@@ -98,7 +98,7 @@ def _plan(config: ClusterConfig, args: argparse.Namespace) -> int:
 def _serve(config: ClusterConfig, args: argparse.Namespace) -> int:
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(
-            "serving needs Ray Serve, which is not installed; install the extra: pip install 'sgl-bdlora[cluster]'"
+            "serving needs Ray Serve, which is not installed; install the extra, in a checkout: pip install '.[cluster]'"
         )
     from sgl_bdlora.cluster.serving.launch import run
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sgl_bdlora.cluster.base import Adapter, PlacementError
-from sgl_bdlora.cluster.config import from_dict
+from sgl_bdlora.cluster.config import ConfigError, from_dict
+from sgl_bdlora.cluster.costs import load_costs
 from sgl_bdlora.cluster.policies import NAMES
 from sgl_bdlora.cluster.serving.control import TTFT_BUCKETS, Control, FrontReport, ReplicaReport
 from sgl_bdlora.cluster.serving.scaling import required
@@ -60,6 +61,46 @@ def test_a_replica_that_never_comes_is_not_waited_for():
     clock.now = 61
     made.tick()
     assert made.table.replicas == ("x",)
+
+
+def test_another_policy_starts_as_if_the_cluster_had_just_started():
+    clock = Clock()
+    made = control(clock)
+    made.front_says(front({"a1": 500}, ("x", "y"), answered=100_000, tokens=100_000 * 40))
+    clock.now = 10
+    made.tick()
+    version, stamp = made.table.version, made.stamp
+    made.use_policy("contiguous")
+    assert made.stamp > stamp
+    assert made.table.version > version
+    assert made.forgotten == 1
+    # Blocks in order, which no plan from the other table would have.
+    assert {a: made.table.holders(a) for a in ("a0", "a11", "a12", "a23")} == {
+        "a0": ("x",), "a11": ("x",), "a12": ("y",), "a23": ("y",),
+    }  # fmt: skip
+    status = made.status()
+    assert status["policy"] == "contiguous"
+    assert not any(a["demand"] for a in status["adapters"])
+    assert status["mean_tokens"] > 1000
+    with pytest.raises(ConfigError, match=r"policy\.name = 'best'"):
+        made.use_policy("best")
+    assert made.status()["policy"] == "contiguous"
+
+
+def test_routers_take_a_policy_that_the_controller_changed():
+    follower = pytest.importorskip("sgl_bdlora.cluster.serving.follower")
+    made = control()
+    made.front_says(front(members=("x", "y")))
+    news = {"table": made.table.to_json(), "required": 2, "policy": "toppings"}
+    kept = dataclasses.replace(follower.live)
+    try:
+        follower.take(news, made.config, load_costs(made.config.costs))
+        assert follower.live.policy.name == "toppings"
+        assert follower.live.table == made.table
+        follower.take({**news, "table": None, "policy": "affinity"}, made.config, load_costs(made.config.costs))
+        assert (follower.live.policy.name, follower.live.table) == ("affinity", None)
+    finally:
+        vars(follower.live).update(vars(kept))
 
 
 @pytest.mark.parametrize("name", NAMES)

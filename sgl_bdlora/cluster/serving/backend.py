@@ -53,7 +53,7 @@ class Backend:
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._end_with_server, daemon=True).start()
         threading.Thread(target=self._report_for_ever, daemon=True).start()
-        follower.follow(self._on_prefetch)
+        follower.follow(self._on_prefetch, self._on_forget)
 
     def __del__(self):
         if hasattr(self, "_server"):
@@ -185,10 +185,24 @@ class Backend:
                 free = next((a for a in self._loaded if not self._used[a]), None)
                 if free is None:
                     return
-                del self._loaded[free]
-                self._references.pop(free, None)
-                self._unloads += 1
-                await self._server.unload(free)
+                await self._unload(free)
+
+    async def _unload(self, adapter: str) -> None:
+        del self._loaded[adapter]
+        self._references.pop(adapter, None)
+        self._unloads += 1
+        await self._server.unload(adapter)
+
+    def _on_forget(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._forget(), self._loop)
+
+    async def _forget(self) -> None:
+        """Unload what no request uses."""
+        async with self._making_room:
+            for adapter in [a for a in self._loaded if not self._used[a]]:
+                # A request may have come while another was unloaded.
+                if adapter in self._loaded and not self._used[adapter]:
+                    await self._unload(adapter)
 
     def _on_prefetch(self, placed: dict[str, list[str]]) -> None:
         for adapter in placed.get(self._name, ()):

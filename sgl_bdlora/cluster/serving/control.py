@@ -69,14 +69,9 @@ class Control:
     ):
         self.config = config.with_(adapters={"count": len(adapters), "ranks": {a.rank: 1.0 for a in adapters}})
         self.adapters, self._clock = adapters, clock
-        costs = load_costs(config.costs)
-        self._points = points_of(self.config, costs)
-        self._policy = policy_of(self.config, costs)
+        self._costs = load_costs(config.costs)
+        self._points = points_of(self.config, self._costs)
         self._spec = cluster_of(self.config)[0]
-        self._demand = Demand(config.policy.ema, config.policy.windows)
-        self._mean_tokens = sum(mean_lengths(config.workload))
-        self._window = clock()
-        self._arrived: Counter[str] = Counter()
         self._members: tuple[str, ...] = ()
         self._first_member: float | None = None
         self._labels: dict[str, str] = {}
@@ -90,10 +85,30 @@ class Control:
         # Larger than any of a controller that ran before this one.
         self.stamp = int(time.time() * 1000)
         self._versions = 0
+        # How often everything that was learnt has been forgotten.
+        self.forgotten = 0
+        self._learn_anew()
         self.planned = self.moved = self.most_moved = self.healed = 0
         self.problem: str | None = None
         self.totals = FrontReport()
         self._problem((self._spec,)).check_adapters()
+
+    def _learn_anew(self) -> None:
+        self._policy = policy_of(self.config, self._costs)
+        self._demand = Demand(self.config.policy.ema, self.config.policy.windows)
+        self._mean_tokens = sum(mean_lengths(self.config.workload))
+        self._window = self._clock()
+        self._arrived: Counter[str] = Counter()
+
+    def use_policy(self, name: str) -> None:
+        """Plan by another policy, as if the cluster had just started: the demand is forgotten, and replicas unload every adapter that no
+        request uses. Counters go on. Raises ConfigError for an unknown name."""
+        self.config = self.config.with_(policy={"name": name})
+        self._learn_anew()
+        self.table = None
+        self.forgotten += 1
+        self.stamp += 1
+        self.plan()
 
     def front_says(self, report: FrontReport) -> None:
         for name, count in report.arrived.items():

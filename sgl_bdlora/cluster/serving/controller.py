@@ -43,7 +43,16 @@ class Controller:
         with self._lock:
             control = self._control
             table = control.table.to_json() if control.table else None
-            return {"stamp": control.stamp, "table": table, "prefetch": control.prefetch, "required": control.required}
+            return {
+                "stamp": control.stamp, "table": table, "prefetch": control.prefetch, "required": control.required,
+                "policy": control.config.policy.name, "forgotten": control.forgotten,
+            }  # fmt: skip
+
+    async def use_policy(self, name: str) -> None:
+        """See Control.use_policy; bodies in the object store are forgotten too."""
+        with self._lock:
+            self._control.use_policy(name)
+        self._store.clear()
 
     async def front_says(self, report: FrontReport) -> None:
         with self._lock:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sgl_bdlora.cluster.base import Adapter, Policy
-from sgl_bdlora.cluster.costs import load_costs
+from sgl_bdlora.cluster.config import ClusterConfig
+from sgl_bdlora.cluster.costs import Costs, load_costs
 from sgl_bdlora.cluster.routing import RoutingTable
 from sgl_bdlora.cluster.serving.controller import NAME, NAMESPACE, POLL_S
 from sgl_bdlora.cluster.simulate import policy_of
@@ -39,32 +40,46 @@ def controller():
     return ray.get_actor(NAME, namespace=NAMESPACE)
 
 
-def follow(on_prefetch: Callable[[dict[str, list[str]]], None] | None = None) -> None:
-    """Keep `live` up to date from now on; calling again is free. on_prefetch is told, from the thread, what to copy where."""
+def follow(
+    on_prefetch: Callable[[dict[str, list[str]]], None] | None = None, on_forget: Callable[[], None] | None = None
+) -> None:
+    """Keep `live` up to date from now on; calling again is free. From the thread, on_prefetch is told what to copy where, and on_forget
+    is called when the cluster is to go on as if it had just started."""
     if _started.acquire(blocking=False):
-        threading.Thread(target=_follow, args=(on_prefetch,), daemon=True).start()
+        threading.Thread(target=_follow, args=(on_prefetch, on_forget), daemon=True).start()
 
 
-def _follow(on_prefetch) -> None:
+def take(news: dict, config: ClusterConfig, costs: Costs) -> None:
+    """Put what the controller says into `live`."""
+    if live.policy is None or news["policy"] != live.policy.name:
+        live.policy = policy_of(config.with_(policy={"name": news["policy"]}), costs)
+    live.table = RoutingTable.from_json(news["table"]) if news["table"] else None
+    live.required = news["required"]
+
+
+def _follow(on_prefetch, on_forget) -> None:
     import ray
 
-    actor, stamp = None, -1
+    actor, stamp, forgotten = None, -1, None
     while True:
         try:
             if actor is None:
                 actor = controller()
                 config, adapters = ray.get(actor.setup.remote(), timeout=30)
                 live.adapters = {a.name: a for a in adapters}
-                live.policy = policy_of(config, load_costs(config.costs))
+                costs = load_costs(config.costs)
             news = ray.get(actor.changes.remote(stamp), timeout=POLL_S + 30)
         except Exception as error:
             logger.warning("cluster: the controller does not answer (%s); the last table stays in force", error)
-            actor = None
+            # Another controller counts from 0 again.
+            actor = forgotten = None
             time.sleep(1)
             continue
         if news["stamp"] != stamp:
             stamp = news["stamp"]
-            live.table = RoutingTable.from_json(news["table"]) if news["table"] else None
-            live.required = news["required"]
+            take(news, config, costs)
+            if on_forget and forgotten not in (None, news["forgotten"]):
+                on_forget()
+            forgotten = news["forgotten"]
             if on_prefetch and news["prefetch"]:
                 on_prefetch(news["prefetch"])
