@@ -170,6 +170,12 @@ NAMES: dict[str, tuple[str, ...] | None] = {
         "self",
         "forward_batch",
     ),
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._make_graph_key": (
+        "self",
+        "size",
+        "stream_idx",
+        "variant_label",
+    ),
     "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._resolve_lora_variant": (
         "self",
         "forward_batch",

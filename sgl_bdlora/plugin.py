@@ -9,7 +9,7 @@ import multiprocessing
 import os
 from functools import partial
 
-from sgl_bdlora import config, cpu, malformed
+from sgl_bdlora import config, cpu, graphs, malformed
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,7 @@ def register() -> None:
         "AROUND",
     )
     _hook("sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head", _around_compute_lm_head, "AROUND")
-    runner = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
-    _hook(f"{runner}.capture", _before_capture, "BEFORE")
-    _hook(f"{runner}.capture_one_shape", _around_capture_one_shape, "AROUND")
-    _hook(f"{runner}._resolve_lora_variant", _around_resolve_lora_variant, "AROUND")
-    _hook(f"{runner}.can_run_graph", _around_can_run_graph, "AROUND")
+    graphs.register(_hook)
     if launcher:
         _hook("sglang.srt.entrypoints.http_server.launch_server", _before_launch_server, "BEFORE")
         _register_unloading()
@@ -265,54 +261,6 @@ def _around_can_schedule_lora_req(original, scheduler, req, running_loras) -> bo
         if req.lora_id in scheduler.tp_worker.model_runner.lora_manager.admission.closed:
             return False
     return original(scheduler, req, running_loras)
-
-
-def _our_backend(runner):
-    """The back end of a graph runner's model; None where it is not ours."""
-    args = runner.model_runner.server_args
-    if args.enable_lora and args.lora_backend == config.BACKEND:
-        return runner.model_runner.lora_manager.lora_backend
-    return None
-
-
-def _before_capture(runner) -> None:
-    """Capture every size twice, with and without adapters, so that base-only batches pay nothing."""
-    if _our_backend(runner) is not None:
-        runner.record_nolora_graph = True
-
-
-def _around_capture_one_shape(original, runner, size, forward, stream_idx=None, variant_label=None) -> None:
-    """And, where S-LoRA pieces are served, a third time with their collectives."""
-    original(runner, size, forward, stream_idx, variant_label)
-    backend = _our_backend(runner)
-    if backend is None or not backend.captures_decode_with_collectives():
-        return
-    from sglang.srt.model_executor.runner_utils import capture_mode
-
-    from sgl_bdlora.kernels.backend import COLLECTIVES_GRAPH, LORA_GRAPH
-
-    if variant_label != LORA_GRAPH:
-        return
-    capture_mode._set_capture_lora_variant(COLLECTIVES_GRAPH)
-    try:
-        original(runner, size, forward, stream_idx, COLLECTIVES_GRAPH)
-    finally:
-        capture_mode._set_capture_lora_variant(variant_label)
-
-
-def _around_resolve_lora_variant(original, runner, forward_batch):
-    variant = original(runner, forward_batch)
-    backend = _our_backend(runner)
-    # "lora" is the only one of SGLang's two that has adapters in it.
-    return backend.decode_graph if backend is not None and variant == "lora" else variant
-
-
-def _around_can_run_graph(original, runner, forward_batch) -> bool:
-    """Batches with pieces that the captured kernels do not compute run without a graph."""
-    backend = _our_backend(runner)
-    if backend is not None and not backend.replayable:
-        return False
-    return original(runner, forward_batch)
 
 
 def _before_launch_server(server_args, *args, **kwargs):

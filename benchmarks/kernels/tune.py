@@ -18,6 +18,7 @@ import triton
 from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
 from benchmarks.kernels.shapes import hosts
 from benchmarks.record import Rows
+from sgl_bdlora.kernels.tiles import FEW_ROWS
 
 LAYERS = 32
 PAUSE = 12_000
@@ -70,9 +71,9 @@ def main(argv: list[str] | None = None) -> int:
             x = torch.randn(tokens, plan.inputs, device="cuda", dtype=torch.bfloat16)
             count = min(args.adapters, tokens)
             batch = (residents[:count], np.arange(tokens, dtype=np.int32) % count)
-            block_t = max(16, triton.next_power_of_2(tokens))
+            key = (max(16, triton.next_power_of_2(tokens)), count * args.rank > FEW_ROWS)
 
-            def us(product, batch=batch, x=x, weights=weights, paths=paths, pause=pause):
+            def us(product, batch=batch, key=key, x=x, weights=weights, paths=paths, pause=pause):
                 def run():
                     for w, path in zip(weights, paths, strict=True):
                         if pause:
@@ -80,15 +81,19 @@ def main(argv: list[str] | None = None) -> int:
                         x.neg_()
                         product(x, w, path)
 
-                return graph_ms(run, lambda: ops.set_batch(*batch, static=True), args.repeats) * 1e3 / len(paths)
+                return (
+                    graph_ms(run, lambda: ops.set_batch(*batch, static=True, many_rows=key[1]), args.repeats)
+                    * 1e3
+                    / len(paths)
+                )
 
             around = us(lambda x, w, path: None)
             cublas = us(lambda x, w, path: torch.mm(x, w.T)) - around
             print(f"{kind} {tokens} tokens, {count} adapters: cuBLAS {cublas:.2f} us", flush=True)
-            chosen, found = plan.tiles[block_t], []
+            chosen, found = plan.tiles[key], []
             for tiles in [chosen] if args.chosen else variants(chosen, plan.outputs, plan.inputs, args.quick):
                 for path in paths:
-                    ops.plans[path] = replace(plan, tiles={**plan.tiles, block_t: tiles})
+                    ops.plans[path] = replace(plan, tiles={**plan.tiles, key: tiles})
                 try:
                     found.append((us(lambda x, w, path: ops.linear(x, w, None, path)) - around, tiles))
                 except triton.runtime.errors.OutOfResources:

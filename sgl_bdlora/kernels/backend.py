@@ -8,7 +8,7 @@ import torch
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_lora_variant
 
-from sgl_bdlora import plugin
+from sgl_bdlora import graphs, plugin
 from sgl_bdlora.kernels.batch import AdapterSet, Batch, distinct_adapters, make_batch
 from sgl_bdlora.kernels.torch_ops import add_embedding_lora, add_lora
 from sgl_bdlora.layers.collectives import TensorParallelCollectives
@@ -17,11 +17,6 @@ from sgl_bdlora.sharding import AdapterShard, HostLayer
 
 if TYPE_CHECKING:
     from sgl_bdlora.kernels.triton_ops import TritonOps
-
-# SGLang's name of the graph with adapters, where each size is captured with and without (decode_cuda_graph_runner.py).
-LORA_GRAPH = "lora"
-# Ours of a third, for batches with pieces that are put together over the ranks.
-COLLECTIVES_GRAPH = "lora-collectives"
 
 
 class BDLoRABackend(BaseLoRABackend):
@@ -73,9 +68,13 @@ class BDLoRABackend(BaseLoRABackend):
             self._prefill_ops = self._ops.reserve(max_num_tokens, combines=False)
             self.prefill_cuda_graph_max_bs = self.prefill_cuda_graph_max_tokens = max_num_tokens
 
-    def captures_decode_with_collectives(self) -> bool:
-        """Whether decode batches need a graph of a third kind."""
-        return self._combines and self._ops is not None
+    def further_graphs(self, rows: int) -> tuple[str, ...]:
+        """Kinds of graphs with adapters (graphs.py) that a decode batch of so many rows needs beside the first."""
+        kinds = {
+            graphs.MANY_ROWS: self._ops is not None and self._ops.minds_many_rows(rows),
+            graphs.COLLECTIVES: self._ops is not None and self._combines,
+        }
+        return tuple(kind for kind, needed in kinds.items() if needed)
 
     def prepare(self, shard: AdapterShard) -> None:
         """Work out, when an adapter is loaded, what its first batch would have to wait for."""
@@ -93,8 +92,10 @@ class BDLoRABackend(BaseLoRABackend):
 
     @property
     def decode_graph(self) -> str:
-        """Which of the graphs with adapters computes it."""
-        return COLLECTIVES_GRAPH if self._current is not None and self._current.combines else LORA_GRAPH
+        """Which of the graphs with adapters computes it best."""
+        if self._current is not None and self._current.combines:
+            return graphs.COLLECTIVES
+        return graphs.MANY_ROWS if self._current is not None and self._current.many_rows else graphs.LORA
 
     def set_batch(
         self,
@@ -110,7 +111,7 @@ class BDLoRABackend(BaseLoRABackend):
         """
         self._batch = self._head = self._current = None
         captured = get_capture_lora_variant()
-        capturing = captured in (LORA_GRAPH, COLLECTIVES_GRAPH)
+        capturing = captured in (graphs.LORA, graphs.MANY_ROWS, graphs.COLLECTIVES)
         distinct = distinct_adapters(adapters)
         if not (distinct or capturing or prefill_graph):
             return
@@ -122,7 +123,8 @@ class BDLoRABackend(BaseLoRABackend):
                 distinct,
                 np.repeat(owners, lengths),
                 static=capturing or prefill_graph,
-                combining=captured == COLLECTIVES_GRAPH,
+                combining=captured == graphs.COLLECTIVES,
+                many_rows=captured != graphs.LORA,
             )
             self._current = ops
             return

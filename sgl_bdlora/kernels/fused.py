@@ -15,8 +15,8 @@ tile waits for h itself, every word of which carries a tag of the launch that wr
 the shrink itself, so it ends whether or not the others ever get a place on the chip.
 
 What a tile needs of the tables is loaded before the product, and what they point to (B, h) is asked for shortly before the product ends:
-nothing waits in front of the weights, and little behind them. Rows beyond the
-batch are masked, not repeated: hundreds of programs that ask for the same line of x wait for each other (2 us of 11, one token).
+nothing waits in front of the weights, and little behind them. Rows beyond the batch are masked, not repeated: hundreds of programs that
+ask for the same line of x wait for each other (2 us of 11, one token).
 
 h is float32 with the low 12 bits replaced by the tag, which leaves 12 bits of significand: more than float16's 11 and bfloat16's 8.
 """
@@ -251,7 +251,8 @@ def linear_kernel(
     x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK, SPLITS * SHRINK_BK and LATE_BK, slices by BN. w_tiles: a tensor
     descriptor of w, which is read through it if TILES. h (SPLITS, BT, SLICES, LIMIT) int32: tagged sums over SPLITS equal parts of K; only
     words of a row's own adapter are written. PROGRAMS may be 0: then every tile computes its own. meta: first tag less one, number of rank
-    rows. end0, end1: where the outputs of the first and of the second slice end; N where there is no further slice. EARLY: inputs that are left when a tile asks for h and B.
+    rows. end0, end1: where the outputs of the first and of the second slice end; N where there is no further slice. EARLY: inputs that are
+    left when a tile asks for h and B, a multiple of BK.
     """
     t = tl.arange(0, BT)
     owner_T = tl.load(owners + t, mask=t < T, other=-1)

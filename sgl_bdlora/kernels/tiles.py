@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 # Blocks that compute h: at least, where the tiles leave so many places, and at most.
 FEWEST, MOST = 12, 36
+# Rank rows that four blocks compute in one round: two parts of K, 64 rows each.
+FEW_ROWS = 128
 # Shared memory that the loops of one block may use, bytes; two thirds where several blocks come to a multiprocessor.
 SHARED = 147_000
 WIDTHS = (16, 32, 64, 128)
@@ -44,18 +46,24 @@ class Tiles:
     shrink_k: int
 
 
-def tiles_for(ends: Sequence[int], inputs: int, block_t: int, multiprocessors: int) -> Tiles | None:
-    """For a layer of `inputs` whose slices' outputs end at `ends`, and block_t (16, 32, 64) rows; None if the shapes do not divide."""
+def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, multiprocessors: int) -> Tiles | None:
+    """For a layer of `inputs` whose slices' outputs end at `ends`, and block_t (16, 32, 64) rows; None if the shapes do not divide.
+
+    many: the batch may have more than FEW_ROWS rank rows.
+    """
     widths = [n for n in WIDTHS if all(end % n == 0 for end in ends)]
     if not widths:
         return None
-    block_n = next((n for n in widths if ends[-1] // n + FEWEST <= multiprocessors), widths[-1])
+    # From 32 rows on x comes to as many bytes as W, so it pays to spread both over more blocks; few rank rows leave it to four.
+    fewest = 4 if block_t > 16 and not many else FEWEST
+    block_n = next((n for n in widths if ends[-1] // n + fewest <= multiprocessors), widths[-1])
     blocks = ends[-1] // block_n
     block_k = divisor(256 if block_n <= 64 and block_t == 16 else 128, inputs)
     splits, shrink_k = _shrink_parts(inputs, 256 if block_t == 16 else 128)
     if min(block_k, shrink_k) < 16:
         return None
-    shared = SHARED if blocks + FEWEST <= multiprocessors else SHARED * 2 // 3
+    shared = SHARED if blocks + fewest <= multiprocessors else SHARED * 2 // 3
+    programs = min(MOST, max(fewest, multiprocessors - blocks))
     return Tiles(
         block_n,
         block_k,
@@ -66,9 +74,9 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, multiprocessors: i
         early=min(EARLY, inputs) // block_k * block_k,
         # As many as leave registers for h.
         rows=32 if block_t == 64 else 64,
-        programs=min(MOST, max(FEWEST, multiprocessors - blocks)),
+        programs=programs,
         splits=splits,
-        shrink_rows=SHRINK_ROWS,
+        shrink_rows=SHRINK_ROWS if programs >= FEWEST else 64,
         shrink_k=shrink_k,
     )
 

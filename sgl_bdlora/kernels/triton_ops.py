@@ -9,6 +9,7 @@ The all-reduce stands for both of S-LoRA's collectives: where the paper gathers,
 one-shot all-reduce of so few bytes is faster than NCCL's all-gather, and can be captured.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -32,7 +33,7 @@ from sgl_bdlora.kernels.rows import (
     table_of,
 )
 from sgl_bdlora.kernels.separate import expand_kernel, shrink_kernel
-from sgl_bdlora.kernels.tiles import MAX_SPLITS, SHRINK_ROWS, Tiles, divisor, tiles_for
+from sgl_bdlora.kernels.tiles import FEW_ROWS, MAX_SPLITS, SHRINK_ROWS, Tiles, divisor, tiles_for
 from sgl_bdlora.kernels.torch_ops import Collectives
 from sgl_bdlora.memory_pool import Resident
 from sgl_bdlora.sharding import AdapterShard, HostLayer
@@ -53,7 +54,8 @@ COMBINED_COLUMNS = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """One layer's shape and tile sizes. ends: where the outputs of its first two slices end. tiles: by rows (a power of two).
+    """One layer's shape and tile sizes. ends: where the outputs of its first two slices end. tiles: by rows of the batch (a
+    power of two) and whether it has more than FEW_ROWS rank rows.
 
     expand_n: outputs of a tile of the separate expand. combines: whether an S-LoRA piece of this layer would be put together over the
     ranks.
@@ -63,7 +65,7 @@ class Plan:
     ends: tuple[int, int]
     inputs: int
     outputs: int
-    tiles: Mapping[int, Tiles]
+    tiles: Mapping[tuple[int, bool], Tiles]
     expand_n: int
     combines: bool
 
@@ -74,7 +76,8 @@ def plan_for(host: HostLayer, multiprocessors: int) -> Plan | None:
     ends = [s.y_start + len(s.outputs) for s in host.slices]
     if len(ends) > SLICES:
         return None
-    tiles = {rows: tiles_for(ends, inputs, rows, multiprocessors) for rows in _ROWS}
+    kinds = itertools.product(_ROWS, (False, True))
+    tiles = {(rows, many): tiles_for(ends, inputs, rows, many, multiprocessors) for rows, many in kinds}
     if None in tiles.values():
         return None
     first_two = (ends[0], ends[min(1, len(ends) - 1)])
@@ -142,6 +145,7 @@ class TritonOps:
         self._first_tag = 0
         self._static = False
         self._combining = False
+        self._many_rows = False
         self._width = self._combined_width = 0
 
     def reserve(self, max_tokens: int, combines: bool, max_rank: int = 0) -> "TritonOps":
@@ -191,6 +195,18 @@ class TritonOps:
         return self._combining
 
     @property
+    def many_rows(self) -> bool:
+        """Whether the current batch has more than FEW_ROWS local rank rows in a layer."""
+        return self._local.used > FEW_ROWS
+
+    def minds_many_rows(self, tokens: int) -> bool:
+        """Whether tiles for batches of so many rows depend on `many_rows`."""
+        if tokens > FUSED_TOKENS:
+            return False
+        rows = _block_t(tokens)
+        return any(plan.tiles[rows, False] != plan.tiles[rows, True] for plan in self.plans.values() if plan)
+
+    @property
     def replayable(self) -> bool:
         """Whether the current batch fits what graphs were captured with."""
         if self._combining and (
@@ -200,12 +216,18 @@ class TritonOps:
         return self._width <= COLUMNS and len(self._last_owners) <= self.max_tokens
 
     def set_batch(
-        self, adapters: Sequence[Resident], owners: np.ndarray, static: bool = False, combining: bool = False
+        self,
+        adapters: Sequence[Resident],
+        owners: np.ndarray,
+        static: bool = False,
+        combining: bool = False,
+        many_rows: bool = True,
     ) -> None:
         """The rows of the next forward pass.
 
         adapters: distinct, `takes` is true for them. owners: (rows,) int32, each row's adapter as its place among them, -1 for the base
         model. static: launch as a graph has to, whatever the batch. combining: the graph being captured takes combined pieces too.
+        many_rows: it is for batches of more than FEW_ROWS rank rows too.
         """
         device = self._arena.device
         adapters = tuple(adapters)
@@ -226,6 +248,7 @@ class TritonOps:
                 # Columns of other ranks have to be zero.
                 self._static_combined.zero_()
         self._combining = combining or self._combined_width > 0
+        self._many_rows = many_rows if static else self.many_rows
         self._last_adapters, self._last_owners = adapters, owners
         # Distinct tags for all launches of this step and the last.
         self._first_tag = (self._first_tag + len(self.index)) % TAGS
@@ -276,8 +299,8 @@ class TritonOps:
     ) -> None:
         """The same into y, without pieces that are put together over the ranks."""
         tokens = len(x_TK)
-        block_t = max(_ROWS[0], triton.next_power_of_2(tokens))
-        tiles = plan.tiles[block_t]
+        block_t = _block_t(tokens)
+        tiles = plan.tiles[block_t, self._many_rows]
         w_tiles = w_NK
         if tiles.descriptor:
             w_tiles = TensorDescriptor(w_NK, w_NK.shape, w_NK.stride(), [tiles.block_n, tiles.block_k])
@@ -415,6 +438,11 @@ class TritonOps:
 def _multiprocessors(device: torch.device) -> int:
     """As many as the shapes of tests need where there is no GPU: the interpreter runs block after block."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 20
+
+
+def _block_t(tokens: int) -> int:
+    """Rows of a tile that holds the whole batch."""
+    return max(_ROWS[0], triton.next_power_of_2(tokens))
 
 
 def _tile(tokens: int) -> int:

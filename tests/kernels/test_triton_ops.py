@@ -153,16 +153,17 @@ def test_a_tile_whose_shrink_does_not_come_computes_it(engine, device, monkeypat
     assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
 
 
-def test_weights_through_a_descriptor(engine, device, monkeypatch):
+@pytest.mark.parametrize(
+    "change", [{"descriptor": False}, {"descriptor": True}, {"programs": 4, "shrink_rows": 64}, {"early": K}], ids=str
+)
+def test_other_tiles(engine, device, monkeypatch, change):
     ops, batch, x = case(engine, device, "skewed", 6, static=True)
     weight = (torch.randn(sum(N), K, generator=torch.Generator().manual_seed(4)) * 0.1).to(x)
-    plans = dict(ops.plans)
-    for descriptor in (False, True):
-        plan = plans[PATHS[0]]
-        tiles = {rows: replace(t, descriptor=descriptor) for rows, t in plan.tiles.items()}
-        monkeypatch.setitem(ops.plans, PATHS[0], replace(plan, tiles=tiles))
-        wanted = reference(engine[0], batch, x.float() @ weight.float().T, x, PATHS[0])
-        assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
+    plan = ops.plans[PATHS[0]]
+    tiles = {rows: replace(t, **change) for rows, t in plan.tiles.items()}
+    monkeypatch.setitem(ops.plans, PATHS[0], replace(plan, tiles=tiles))
+    wanted = reference(engine[0], batch, x.float() @ weight.float().T, x, PATHS[0])
+    assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
 
 
 def test_stale_sums_are_not_taken(engine, device):

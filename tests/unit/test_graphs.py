@@ -1,0 +1,82 @@
+"""Which decode graphs are captured, and under which of them a batch is replayed."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from sgl_bdlora import config, cpu, graphs
+
+pytest.importorskip("triton")
+from sgl_bdlora.kernels.tiles import FEW_ROWS, tiles_for
+
+
+class BackEnd:
+    """Needs a graph for many rank rows from 17 rows on; `decode_graph` is what the batch at hand wants."""
+
+    decode_graph = graphs.MANY_ROWS
+    replayable = True
+
+    def further_graphs(self, rows: int) -> tuple[str, ...]:
+        return (graphs.MANY_ROWS, graphs.COLLECTIVES) if rows > 16 else (graphs.COLLECTIVES,)
+
+
+def runner(backend: str = config.BACKEND, width: int = 1, ragged: bool = False):
+    args = SimpleNamespace(enable_lora=True, lora_backend=backend)
+    model = SimpleNamespace(server_args=args, lora_manager=SimpleNamespace(lora_backend=BackEnd()))
+    return SimpleNamespace(model_runner=model, captured_req_width=width, ragged_verify_mode=ragged)
+
+
+def captured(of, size: int, variant: str | None) -> list[tuple[str | None, str | None]]:
+    """(label, what the kernels were told is captured) of every capture."""
+    cpu.prepare_environment()
+    from sglang.srt.model_executor.runner_utils import capture_mode
+
+    seen = []
+
+    def original(_, size, forward, stream_idx, label):
+        seen.append((label, capture_mode.get_capture_lora_variant()))
+
+    capture_mode._set_capture_lora_variant(variant)
+    try:
+        graphs._around_capture_one_shape(original, of, size, None, None, variant)
+        assert capture_mode.get_capture_lora_variant() == variant
+    finally:
+        capture_mode._set_capture_lora_variant(None)
+    return seen
+
+
+@pytest.mark.parametrize(("size", "width", "many"), [(16, 1, False), (17, 1, True), (16, 2, True)])
+def test_further_kinds_are_captured_where_the_back_end_needs_them(size, width, many):
+    kinds = [graphs.LORA, *([graphs.MANY_ROWS] if many else []), graphs.COLLECTIVES]
+    assert captured(runner(width=width), size, graphs.LORA) == [(kind, kind) for kind in kinds]
+    assert captured(runner(width=width), size, "nolora") == [("nolora", "nolora")]
+    assert captured(runner("csgmv", width), size, graphs.LORA) == [(graphs.LORA, graphs.LORA)]
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "ragged", "label"),
+    [
+        (16, 1, False, graphs.LORA),
+        (24, 1, False, graphs.MANY_ROWS),
+        (16, 4, False, graphs.MANY_ROWS),
+        (16, 4, True, graphs.LORA),
+    ],
+)
+def test_a_batch_is_replayed_under_a_label_that_its_size_has(size, width, ragged, label):
+    """Sizes count rows, not requests, with ragged verification."""
+    of = runner(width=width, ragged=ragged)
+    wanted = graphs._around_resolve_lora_variant(lambda *_: graphs.LORA, of, None)
+    assert wanted == graphs.MANY_ROWS
+    assert graphs._around_make_graph_key(lambda _, *key: key, of, size, None, wanted) == (size, None, label)
+    assert graphs._around_make_graph_key(lambda _, *key: key, of, size, None, "nolora") == (size, None, "nolora")
+    assert graphs._around_resolve_lora_variant(lambda *_: "nolora", of, None) == "nolora"
+
+
+@pytest.mark.parametrize("block_t", [32, 64])
+def test_few_rank_rows_leave_the_multiprocessors_to_narrow_tiles(block_t):
+    """o_proj of Llama-3.1-8B at TP 2 on an H200: one wave in both cases."""
+    few, many = (tiles_for([4096], 2048, block_t, kind, 132) for kind in (False, True))
+    assert (few.block_n, few.programs) == (32, 4)
+    assert few.programs * few.shrink_rows // few.splits == FEW_ROWS
+    assert (many.block_n, many.programs) == (64, 36)
+    assert tiles_for([4096], 2048, 16, False, 132) == tiles_for([4096], 2048, 16, True, 132)
