@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {args.output} exists: --resume goes on with it, --output names another", file=sys.stderr)
         return 2
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    given = {name: getattr(args, name) for name in ("rank", "steps", "heal_steps", "batch", "together", "test")}
+    given = {
+        name: getattr(args, name) for name in ("rank", "steps", "heal_steps", "heal_lr", "batch", "together", "test")
+    }
     given |= {name: tuple(values) for name in ("seeds", "nblocks") if (values := getattr(args, name))}
     plan = dataclasses.replace(QUICK if args.quick else Plan(), **{k: v for k, v in given.items() if v is not None})
     quality = Quality(args.data, args.output, plan, device, args.resume)
@@ -80,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     from benchmarks.quality.report import draw, tables
 
-    rows = [row for path in args.rows for row in read_rows(path)]
+    rows = []
+    for path in args.rows:
+        rows += [row for row in read_rows(path) if row not in rows]  # files may begin with the same rows
     print(tables(rows))
     picture = args.plot or args.rows[0].with_suffix(".png")
     try:
@@ -121,10 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     go.add_argument("--nblocks", type=int, nargs="+")
     for name in ("rank", "steps", "heal-steps", "batch", "together", "test"):
         go.add_argument(f"--{name}", type=int)
+    go.add_argument("--heal-lr", type=float)
 
     show = commands.add_parser("report", help="Markdown tables and a plot")
     show.set_defaults(run=report)
-    show.add_argument("rows", type=Path, nargs="+")
+    show.add_argument("rows", type=Path, nargs="+", help="one or more files that run wrote")
     show.add_argument("--plot", type=Path, help="default: beside the rows")
     return parser
 

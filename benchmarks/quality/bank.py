@@ -1,18 +1,18 @@
 """Several adapters of one frozen model in one forward and backward pass, each with its own rows, loss and optimiser state.
 
 The rows of a batch belong to the adapters in turn: with K adapters and b rows each, rows i b to (i + 1) b - 1 are adapter i's. The base
-model's products run once over all rows; only the low-rank ones differ, and those of adapters with equally many blocks are one batched
-product. Adapters of different ranks share it too: a smaller one is filled up with zeros in A AND in B, whose gradients are zero as well,
-so that they stay zero.
+model's products run once over all rows, and the low-rank ones of all adapters are batched products. For that every adapter has dense
+factors of the largest rank R, and a mask says which of their entries it really has: those of its own rank and, in its block-diagonal
+factor, of its blocks. The others are zero and stay zero, because their gradients are made zero. A step on a GPU is bound by the number of
+operations that it starts, so that multiplying zeros too costs less than products of each adapter's own shape.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -21,174 +21,140 @@ from sgl_bdlora.adapters.hosts import BaseLayer
 
 # Update = SCALE * B A for every rank (lora_alpha = SCALE * r), so that one learning rate means the same for all.
 SCALE = 2.0
-# Gradients are slices of one buffer on purpose; autograd adds into them in place all the same.
-warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 Tensors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass
-class _Group:
-    """Adapters with equally many blocks. share: rank rows of a block, of the largest. start: the first adapter's place in the bank.
+class Bank:
+    """Adapters for all `layers` of `model`, in the order of `arms`.
 
-    Column-parallel layers have A (K, N, share, in) and B (K, N, out / N, share), row-parallel ones A (K, N, share, in / N) and
-    B (K, out, N, share), K adapters in N blocks.
+    Each buffer is (K, size), a row for an adapter: by layer A (R, in) and B transposed (R, out). Weights, clipped gradients and the
+    optimiser's state are float32; the copy that the model multiplies with and its gradient have the model's type.
     """
 
-    start: int
-    arms: list[Arm]
-    share: int
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    flat: torch.Tensor
-    gradient: torch.Tensor
-    first: torch.Tensor
-    second: torch.Tensor
-
-    @property
-    def blocks(self) -> int:
-        return self.arms[0].nblocks
-
-
-class Bank:
-    """Adapters for all `layers` of `model`. Sorts them by nblocks: `arms` has the order that rows follow."""
-
     def __init__(self, model: torch.nn.Module, layers: Sequence[BaseLayer], arms: Sequence[Arm], seed: int = 0):
-        self.arms = sorted(arms, key=lambda arm: arm.nblocks)
+        self.arms = list(arms)
         self.layers = {layer.path: layer for layer in layers}
-        self._device = next(model.parameters()).device
-        self._groups: list[_Group] = []
-        for blocks in dict.fromkeys(arm.nblocks for arm in self.arms):
-            self._groups.append(self._group([arm for arm in self.arms if arm.nblocks == blocks]))
-        self._modules = {path: model.get_submodule(path) for path in self.layers}
-        self._steps = 0
+        # 16-bit products of other sizes miss the tensor cores.
+        self._rank = -(-max(arm.rank for arm in arms) // 8) * 8
+        zeros = partial(torch.zeros, len(arms), self._rank * sum(layer.inputs + layer.outputs for layer in layers))
+        like = next(model.parameters())
+        self._weights, self._clipped = (zeros(device=like.device) for _ in range(2))
+        self._copy, self._gradient = (zeros(device=like.device, dtype=like.dtype) for _ in range(2))
+        self._mask = zeros(device=like.device, dtype=torch.bool)
+        for path, masks in self._factors(self._mask).items():
+            for index, arm in enumerate(self.arms):
+                for mask, pattern in zip(masks, _patterns(self.layers[path], arm, self._rank), strict=True):
+                    mask[index] = pattern
+        copies, gradients = self._factors(self._copy), self._factors(self._gradient)
+        self._forwards = {}
+        for path, (a, b) in copies.items():
+            module = model.get_submodule(path)
+            ours = module.weight, module.bias, a.requires_grad_(), b, *gradients[path]
+            self._forwards[module] = partial(_Adapted.apply, *ours)
+        self._rows = [self._weights[index].requires_grad_() for index in range(len(arms))]
+        for row, gradient in zip(self._rows, self._clipped, strict=True):
+            row.grad = gradient
         self.reset(seed)
 
-    def _group(self, arms: list[Arm]) -> _Group:
-        n = arms[0].nblocks
-        share = max(arm.rank for arm in arms) // n
-        if self._device.type == "cuda":
-            share = -(-share // 8) * 8  # 16-bit products of other sizes miss the tensor cores
-        shapes = {path: _shapes(layer, n, share) for path, layer in self.layers.items()}
-        size = sum(math.prod(shape) for pair in shapes.values() for shape in pair)
-        flat, gradient, first, second = (torch.zeros(len(arms), size, device=self._device) for _ in range(4))
-        factors, at = {}, 0
-        for path, pair in shapes.items():
-            made = []
-            for shape in pair:
-                part = slice(at, at + math.prod(shape))
-                # A leaf that shares the flat buffers: the backward pass adds into `gradient`, a step changes `flat`.
-                leaf = flat[:, part].view(len(arms), *shape).requires_grad_()
-                leaf.grad = gradient[:, part].view(len(arms), *shape)
-                made.append(leaf)
-                at = part.stop
-            factors[path] = tuple(made)
-        start = sum(len(group.arms) for group in self._groups)
-        return _Group(start, arms, share, factors, flat, gradient, first, second)
+    def _factors(self, buffer: torch.Tensor) -> Tensors:
+        """Views of a buffer: A (K, R, in) and B (K, R, out) by layer."""
+        widths = [width for layer in self.layers.values() for width in (layer.inputs, layer.outputs)]
+        parts = buffer.split([self._rank * width for width in widths], dim=1)
+        views = [part.unflatten(1, (self._rank, -1)) for part in parts]
+        return dict(zip(self.layers, zip(views[::2], views[1::2], strict=True), strict=True))
 
-    @torch.no_grad()
     def reset(self, seed: int) -> None:
         """Fresh adapters, as PEFT begins them: B zero, A uniform. Optimiser states are cleared."""
         random = torch.Generator().manual_seed(seed)
         for index, arm in enumerate(self.arms):
             self.put(index, {path: _fresh(layer, arm, random) for path, layer in self.layers.items()})
-        for group in self._groups:
-            for buffer in (group.gradient, group.first, group.second):
-                buffer.zero_()
-        self._steps = 0
+        self._optimizer = torch.optim.AdamW([{"params": [row]} for row in self._rows], weight_decay=0.0, fused=True)
 
     @torch.no_grad()
     def put(self, index: int, tensors: Tensors) -> None:
-        """Set adapter `index` from lora_A and lora_B by module path, in PEFT's packed shapes."""
-        group, place = self._find(index)
-        rows = group.arms[place].rank // group.blocks
+        """Set adapter `index` from lora_A and lora_B by module path, in PEFT's packed shapes: the entries of the mask, row by row."""
+        weights, masks = self._factors(self._weights), self._factors(self._mask)
         for path, (a, b) in tensors.items():
-            into_a, into_b = (factor[place].zero_() for factor in group.factors[path])
-            into_a[:, :rows] = a.view(group.blocks, rows, -1).to(into_a)
-            if self.layers[path].parallelism == "row":
-                into_b[..., :rows] = b.view(b.shape[0], group.blocks, rows).to(into_b)
-            else:
-                into_b[..., :rows] = b.view(group.blocks, -1, rows).to(into_b)
+            (into_a, into_b), (mask_a, mask_b) = ([f[index] for f in found[path]] for found in (weights, masks))
+            into_a[mask_a] = a.flatten().to(into_a)
+            into_b.T[mask_b.T] = b.flatten().to(into_b)
+        self._copy[index].copy_(self._weights[index])
 
+    @torch.no_grad()
     def get(self, index: int) -> Tensors:
         """Adapter `index` on the CPU, in PEFT's packed shapes: the inverse of `put`."""
-        group, place = self._find(index)
-        arm, tensors = group.arms[place], {}
-        rows = arm.rank // group.blocks
-        for path, layer in self.layers.items():
-            a, b = (factor[place].detach().cpu().clone() for factor in group.factors[path])
-            a = a[:, :rows].reshape(arm.rank, -1)
-            b = b[..., :rows].reshape(layer.outputs, -1)
-            tensors[path] = (a, b)
+        tensors, masks = {}, self._factors(self._mask)
+        for path, (a, b) in self._factors(self._weights).items():
+            mask_a, mask_b = masks[path]
+            packed_a = a[index][mask_a[index]].view(self.arms[index].rank, -1)
+            packed_b = b[index].T[mask_b[index].T].view(self.layers[path].outputs, -1)
+            tensors[path] = (packed_a.cpu(), packed_b.cpu())
         return tensors
-
-    def _find(self, index: int) -> tuple[_Group, int]:
-        group = next(g for g in self._groups if g.start <= index < g.start + len(g.arms))
-        return group, index - group.start
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Inside, the model answers with the bank's adapters."""
-        handles = [
-            module.register_forward_hook(lambda _, args, output, path=path: output + self._update(path, args[0]))
-            for path, module in self._modules.items()
-        ]
+        """Inside, the model answers with the bank's adapters. A backward pass overwrites their gradient."""
+        for module, forward in self._forwards.items():
+            module.forward = forward
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-
-    def _update(self, path: str, x: torch.Tensor) -> torch.Tensor:
-        """x (rows, tokens, in) -> the adapters' part of the layer's output (rows, tokens, out)."""
-        each = x.shape[0] // len(self.arms)
-        parts = []
-        for group in self._groups:
-            mine = x[group.start * each : (group.start + len(group.arms)) * each]
-            a, b = (factor.to(x.dtype) for factor in group.factors[path])
-            x_kmi = mine.reshape(len(group.arms), -1, mine.shape[-1])
-            product = _row if self.layers[path].parallelism == "row" else _column
-            parts.append(product(x_kmi, a, b).view(*mine.shape[:-1], -1))
-        return SCALE * (parts[0] if len(parts) == 1 else torch.cat(parts))
+            for module in self._forwards:
+                del module.forward
 
     @torch.no_grad()
     def step(self, factor: float = 1.0) -> None:
         """One step of AdamW (no decay) for every adapter by itself, its gradient clipped to norm 1, at `factor` times its rate."""
-        self._steps += 1
-        for group in self._groups:
-            norm = group.gradient.norm(dim=1, keepdim=True)
-            group.gradient.mul_((1 / (norm + 1e-6)).clamp(max=1))
-            group.first.lerp_(group.gradient, 0.1)
-            group.second.mul_(0.999).addcmul_(group.gradient, group.gradient, value=0.001)
-            rate = torch.tensor([[arm.lr * factor] for arm in group.arms], device=self._device)
-            change = group.second.sqrt().mul_((1 - 0.999**self._steps) ** -0.5).add_(1e-8)
-            torch.div(group.first, change, out=change)
-            group.flat.sub_(change.mul_(rate / (1 - 0.9**self._steps)))
-            group.gradient.zero_()
+        self._gradient.mul_(self._mask)
+        norm = torch.linalg.vector_norm(self._gradient, dim=1, keepdim=True, dtype=torch.float32)
+        torch.mul(self._gradient, (1 / (norm + 1e-6)).clamp(max=1), out=self._clipped)
+        for arm, group in zip(self.arms, self._optimizer.param_groups, strict=True):
+            group["lr"] = arm.lr * factor
+        self._optimizer.step()
+        self._copy.copy_(self._weights)
 
 
-def _column(x_kmi: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A dense, B block-diagonal: block n of the outputs comes from its own share of h."""
-    k, m, _ = x_kmi.shape
-    _, n, share, _ = a.shape
-    h = torch.bmm(x_kmi, a.flatten(1, 2).mT)
-    h = h.view(k, m, n, share).transpose(1, 2).reshape(k * n, m, share)
-    y = torch.bmm(h, b.flatten(0, 1).mT)
-    return y.view(k, n, m, -1).transpose(1, 2).reshape(k, m, -1)
+class _Adapted(torch.autograd.Function):
+    """A frozen linear layer with K adapters: y_k = x_k weight^T + bias + SCALE (x_k a_k^T) b_k.
+
+    weight (out, in), bias (out,) or None, a (K, R, in), b (K, R, out), x (K rows, tokens, in) -> y (K rows, tokens, out). The backward pass
+    writes the factors' gradients to into_a and into_b, shaped like a and b; `a` has to require a gradient, so that there is one.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, bias, a, b, into_a, into_b, x):
+        x_kmi = x.reshape(len(a), -1, x.shape[-1])
+        h_kmr = torch.bmm(x_kmi, a.mT)
+        y = torch.nn.functional.linear(x, weight, bias)
+        y.view(len(a), -1, y.shape[-1]).baddbmm_(h_kmr, b, alpha=SCALE)
+        ctx.save_for_backward(weight, a, b, x_kmi, h_kmr)
+        ctx.into = into_a, into_b
+        return y
+
+    @staticmethod
+    def backward(ctx, slope):
+        weight, a, b, x_kmi, h_kmr = ctx.saved_tensors
+        into_a, into_b = ctx.into
+        slope_kmo = slope.reshape(len(a), -1, slope.shape[-1])
+        slope_kmr = torch.bmm(slope_kmo, b.mT)
+        into_a.baddbmm_(slope_kmr.mT, x_kmi, beta=0, alpha=SCALE)
+        into_b.baddbmm_(h_kmr.mT, slope_kmo, beta=0, alpha=SCALE)
+        back = (slope_kmo @ weight).baddbmm_(slope_kmr, a, alpha=SCALE)
+        return None, None, None, None, None, None, back.view(*slope.shape[:-1], -1)
 
 
-def _row(x_kmi: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A block-diagonal, B dense: share n of h comes from its own block of the inputs."""
-    k, m, _ = x_kmi.shape
-    _, n, share, _ = a.shape
-    x = x_kmi.view(k, m, n, -1).transpose(1, 2).reshape(k * n, m, -1)
-    h = torch.bmm(x, a.flatten(0, 1).mT)
-    h = h.view(k, n, m, share).transpose(1, 2).reshape(k, m, n * share)
-    return torch.bmm(h, b.flatten(2, 3).mT)
+def _patterns(layer: BaseLayer, arm: Arm, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which entries of A (rank, in) and of B transposed (rank, out) an adapter has; the rows beyond its own rank are not among them."""
+    row = layer.parallelism == "row"
+    return (
+        _blocks(rank, layer.inputs, arm.rank, arm.nblocks if row else 1),
+        _blocks(rank, layer.outputs, arm.rank, 1 if row else arm.nblocks),
+    )
 
 
-def _shapes(layer: BaseLayer, n: int, share: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if layer.parallelism == "row":
-        return (n, share, layer.inputs // n), (layer.outputs, n, share)
-    return (n, share, layer.inputs), (n, layer.outputs // n, share)
+def _blocks(rank: int, width: int, used: int, blocks: int) -> torch.Tensor:
+    """(rank, width): true in the `blocks` equal blocks along the diagonal of the first `used` rows."""
+    return (torch.arange(rank) // (used // blocks))[:, None] == torch.arange(width) // (width // blocks)
 
 
 def _fresh(layer: BaseLayer, arm: Arm, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,12 +36,9 @@ class Rows:
         longest = int(self.length[rows].max())
         return Rows(self.ids[rows, :longest], self.text[rows], self.length[rows], self.label[rows], self.classes)
 
-    def to(self, device: torch.device) -> Rows:
-        return Rows(*(getattr(self, name).to(device) for name in ("ids", "text", "length", "label", "classes")))
-
     def counted(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks (rows, longest - 1): positions whose NEXT token is a text token, and those whose next token is the class."""
-        after = torch.arange(1, self.ids.shape[1], device=self.ids.device)
+        """Masks (rows, longest): positions whose NEXT token is a text token, and those whose next token is the class."""
+        after = torch.arange(1, self.ids.shape[1] + 1)
         return after < self.text[:, None], after == self.length[:, None] - 1
 
 

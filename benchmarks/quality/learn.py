@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks.quality.bank import Bank, Tensors
 from benchmarks.quality.data import Rows
 from sgl_bdlora.adapters.fit import fit_blocks
 
-# Positions whose logits are held at once: 4096 x 49152 x 4 bytes = 0.8 GB.
-CHUNK = 4096
+# Positions whose logits are held at once. At a vocabulary of 49,152 one such float32 tensor is 0.8 or 3.2 GB, and about four are alive.
+CHUNK = {"cpu": 4096, "cuda": 16384}
+# Sequences of a pass that only scores, over all adapters.
+SEQUENCES = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -38,62 +39,67 @@ def schedule(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def train(model, bank: Bank, batches: Iterator[Rows], steps: int) -> torch.Tensor:
-    """Every adapter on the same batches; returns their last batch's losses (adapters,)."""
-    last = torch.zeros(len(bank.arms))
-    for step, rows in enumerate(batches):
-        hidden = _hidden(model, bank, rows)
-        losses = _losses(model, hidden, rows)
-        losses.sum().backward()
-        bank.step(schedule(step, steps))
-        last = losses.detach()
-    return last.cpu()
+def train(model, bank: Bank, batches: Iterator[Rows], steps: int, teacher: Bank | None = None) -> torch.Tensor:
+    """Every adapter on the same batches; returns their last batch's losses (adapters,).
 
-
-def heal(model, bank: Bank, teacher: Bank, batches: Iterator[Rows], steps: int) -> torch.Tensor:
-    """Distil the teacher bank's one adapter into every adapter of `bank`, from the same texts and without their labels."""
-    last = torch.zeros(len(bank.arms))
+    With a teacher, its one adapter is distilled into every adapter of `bank`, from the same texts and without their labels.
+    """
+    losses = torch.zeros(len(bank.arms))
     for step, rows in enumerate(batches):
         with torch.no_grad():
-            target = _hidden(model, teacher, rows)
-        losses = _losses(model, _hidden(model, bank, rows), rows, target)
-        losses.sum().backward()
+            target = None if teacher is None else hidden_states(model, teacher, rows)
+        hidden = hidden_states(model, bank, rows)
+        losses, slope = loss(model, hidden, rows, target)
+        hidden.backward(slope)
         bank.step(schedule(step, steps))
-        last = losses.detach()
-    return last.cpu()
+    return losses.cpu()
 
 
-def _hidden(model, bank: Bank | None, rows: Rows) -> torch.Tensor:
-    """(adapters, rows, longest, hidden) before the head. Padding stands behind what counts, so causal attention never sees it."""
+def hidden_states(model, bank: Bank | None, rows: Rows) -> torch.Tensor:
+    """(adapters, rows, longest, width) before the head. Padding stands behind what counts, so causal attention never sees it."""
     times = len(bank.arms) if bank else 1
-    ids = rows.ids.repeat(times, 1)
-    if bank is None:
+    ids = _send(rows.ids, model.lm_head.weight).repeat(times, 1)
+    with bank.on() if bank else nullcontext():
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    else:
-        with bank.on():
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     return hidden.view(times, *rows.ids.shape, -1)
 
 
-def _losses(model, hidden: torch.Tensor, rows: Rows, teacher: torch.Tensor | None = None) -> torch.Tensor:
-    """(adapters,): the mean over the batch's text tokens plus the mean over its class tokens, so that one class weighs as much as a text.
+@torch.enable_grad()
+def loss(
+    model, hidden: torch.Tensor, rows: Rows, teacher: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(adapters,) and the gradient of their sum by `hidden` (adapters, rows, longest, width).
 
-    Of the negative log-likelihood, or with teacher (1, rows, longest, hidden) of the divergence from what the teacher says.
+    The mean over the batch's text tokens plus the mean over its class tokens, so that one class weighs as much as a text: of the negative
+    log-likelihood, or with teacher (1, rows, longest, width) of the divergence from what the teacher says. Each chunk's gradient is taken
+    at once, so that no more than one chunk's logits are held.
     """
-    masks = rows.counted()
-    weight = sum(mask / mask.sum() for mask in masks)
-    where = weight.nonzero(as_tuple=True)
-    inputs, weight, targets = hidden[:, :, :-1][(slice(None), *where)], weight[where], rows.ids[:, 1:][where]
-    total = []
-    for at in range(0, inputs.shape[1], step := max(1, CHUNK // len(inputs))):
-        part = slice(at, at + step)
+    weight = sum(mask / mask.sum() for mask in rows.counted()).flatten()
+    places = weight.nonzero().squeeze(1)
+    targets, weight = (_send(t[places], hidden) for t in (rows.ids.roll(-1, dims=1).flatten(), weight))
+    places, inputs = _send(places, hidden), hidden.detach().flatten(1, 2)
+    losses, slope = torch.zeros(len(hidden), device=hidden.device), torch.zeros_like(inputs)
+    for part in _chunks(inputs, len(places)):
+        chunk = inputs[:, places[part]].requires_grad_()
         if teacher is None:
-            each = checkpoint(_likelihood, model.lm_head, inputs[:, part], targets[part], use_reentrant=False)
+            each = _likelihood(model.lm_head, chunk, targets[part])
         else:
-            said = teacher[:, :, :-1][(slice(None), *where)][:, part]
-            each = checkpoint(_divergence, model.lm_head, inputs[:, part], said, use_reentrant=False)
-        total.append((each * weight[part]).sum(dim=1))
-    return torch.stack(total).sum(dim=0)
+            each = _divergence(model.lm_head, chunk, teacher.flatten(1, 2)[:, places[part]])
+        each = (each * weight[part]).sum(dim=1)
+        (slope[:, places[part]],) = torch.autograd.grad(each.sum(), chunk)
+        losses += each.detach()
+    return losses, slope.view_as(hidden)
+
+
+def _chunks(inputs: torch.Tensor, places: int) -> Iterator[slice]:
+    """Slices of `places` positions, so many that all adapters' logits of them fit."""
+    step = max(1, CHUNK[inputs.device.type] // len(inputs))
+    return (slice(at, at + step) for at in range(0, places, step))
+
+
+def _send(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """From the CPU to the device of `like`, without waiting for what runs there."""
+    return (tensor.pin_memory() if like.is_cuda else tensor).to(like.device, non_blocking=True)
 
 
 def _likelihood(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -103,6 +109,7 @@ def _likelihood(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 
 
 def _divergence(head, hidden: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """hidden (adapters, positions, width), teacher (1, positions, width) -> divergences (adapters, positions)."""
     with torch.no_grad():
         target = log_softmax(head(teacher).float(), dim=-1)
     said = log_softmax(head(hidden).float(), dim=-1)
@@ -110,36 +117,39 @@ def _divergence(head, hidden: torch.Tensor, teacher: torch.Tensor) -> torch.Tens
 
 
 @torch.inference_mode()
-def score(model, bank: Bank | None, rows: Rows, size: int) -> list[Score]:
-    """Of every adapter of the bank, or of the base model alone, over all `rows`, `size` a batch."""
-    count = len(bank.arms) if bank else 1
-    text, label = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    tokens, correct = 0, [[] for _ in range(count)]
+def score(model, bank: Bank | None, rows: Rows, sequences: int | None = None) -> list[Score]:
+    """Of every adapter of the bank, or of the base model alone, over all `rows`. sequences: of a pass, over all adapters."""
+    count, device = len(bank.arms) if bank else 1, model.lm_head.weight.device
+    size = max(1, (sequences or SEQUENCES[device.type]) // count)
+    text, label = (torch.zeros(count, dtype=torch.float64, device=device) for _ in range(2))
+    tokens, correct = 0, []
     # Rows of like length together; the order of `correct` is the rows' own.
     order = rows.length.argsort(stable=True)
     for at in range(0, len(rows), size):
         part = rows.take(order[at : at + size])
-        hidden = _hidden(model, bank, part)
-        masks = part.counted()
-        where = masks[0].nonzero(as_tuple=True)
-        inputs, targets = hidden[:, :, :-1][(slice(None), *where)], part.ids[:, 1:][where]
-        for begin in range(0, inputs.shape[1], step := max(1, CHUNK // count)):
-            chunk = slice(begin, begin + step)
-            text += _likelihood(model.lm_head, inputs[:, chunk], targets[chunk]).double().sum(dim=1).cpu()
-        tokens += len(targets)
-        last = hidden[:, torch.arange(len(part), device=hidden.device), part.length - 2]
-        logits = model.lm_head(last).float()
-        right = part.classes[part.label]
-        label -= log_softmax(logits, dim=-1)[:, torch.arange(len(part)), right].double().sum(dim=1).cpu()
-        chosen = logits[..., part.classes].argmax(dim=-1)
-        for i, hits in enumerate((chosen == part.label).tolist()):
-            correct[i] += hits
-    back = order.argsort().tolist()
-    scores = []
-    for i in range(count):
-        hits = [correct[i][place] for place in back]
-        scores.append(Score(math.exp(text[i] / tokens), sum(hits) / len(hits), float(label[i]) / len(hits), hits))
-    return scores
+        inputs = hidden_states(model, bank, part).flatten(1, 2)
+        following = part.ids.roll(-1, dims=1).flatten()
+        of_text, of_class = (mask.flatten().nonzero().squeeze(1) for mask in part.counted())
+        places, targets = _send(of_text, inputs), _send(following[of_text], inputs)
+        for chunk in _chunks(inputs, len(of_text)):
+            text += _likelihood(model.lm_head, inputs[:, places[chunk]], targets[chunk]).double().sum(dim=1)
+        tokens += len(of_text)
+        logits = model.lm_head(inputs[:, _send(of_class, inputs)]).float()
+        right = _send(following[of_class], inputs)
+        label += (
+            cross_entropy(logits.flatten(0, 1), right.repeat(count), reduction="none")
+            .view(count, -1)
+            .double()
+            .sum(dim=1)
+        )
+        classes = _send(rows.classes, inputs)
+        correct.append(classes[logits[..., classes].argmax(dim=-1)] == right)
+    hits = torch.cat(correct, dim=1).cpu()[:, order.argsort()]
+    text, label = text.cpu() / tokens, label.cpu() / len(rows)
+    return [
+        Score(math.exp(text[i]), float(hits[i].double().mean()), float(label[i]), hits[i].tolist())
+        for i in range(count)
+    ]
 
 
 @contextmanager

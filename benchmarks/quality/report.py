@@ -76,7 +76,7 @@ def _table(results: Results) -> str:
     lines = [
         f"### {results.model}, {results.task}",
         "",
-        f"{seeds} seeds, {first['steps']} steps of {first['batch']}, {first['rows']:,} test rows. Intervals: 95 %; * excludes 0.",
+        f"Seeds: {seeds}; {first['steps']} steps of {first['batch']}, {first['rows']:,} test rows. Intervals: 95 %; * excludes 0.",
         "",
         "| adapter | rank | parameters | perplexity | against LoRA, % | accuracy, % | against LoRA, points | spread over texts |",
         "|---|---|---|---|---|---|---|---|",
@@ -184,9 +184,11 @@ def draw(rows: Sequence[dict], target: Path) -> None:
             panel.grid(alpha=0.3)
         axes[0][column].set(title=f"{results.model}\n{results.task}", ylabel="perplexity against LoRA, %")
         axes[1][column].set(ylabel="accuracy against LoRA, points", xlabel="parameters, by the LoRA's")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside right upper", fontsize=8)
+    kinds = {}
+    for panel in axes[0]:
+        handles, labels = panel.get_legend_handles_labels()
+        kinds |= dict(zip(labels, handles, strict=True))
+    figure.legend(kinds.values(), kinds.keys(), loc="outside right upper", fontsize=8)
     figure.suptitle("Block-diagonal against LoRA: mean and 95 % interval over seeds", fontsize=9)
     figure.savefig(target, dpi=110)
     plt.close(figure)

@@ -32,7 +32,11 @@ CONVERTED_GOALS = (1.0, 1.74)
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run and how long. rank: of the plain LoRA. together: adapters in one pass. test: rows, None for all of them."""
+    """What to run and how long. rank: of the plain LoRA. together: adapters in one pass. test: rows, None for all of them.
+
+    lr: where there is no sweep. heal_lr: a converted adapter is nearly right, and AdamW's steps are as long as its rate however small the
+    gradient: rates as high as for training undo conversions that were exact.
+    """
 
     rank: int = 30
     nblocks: tuple[int, ...] = (2, 4, 8)
@@ -44,6 +48,7 @@ class Plan:
     together: int = 12
     rates: tuple[float, ...] = RATES
     lr: float = 1e-3
+    heal_lr: float = 2e-4
 
 
 QUICK = Plan(
@@ -104,18 +109,17 @@ class Quality:
         self.earlier.append(self.rows.write(**fields))
 
     def _part(self, task: str, name: str) -> data.Rows:
-        rows = data.load(self.folder, task)[name].to(self.device)
+        rows = data.load(self.folder, task)[name]
         if self.plan.test is None or name == "train":
             return rows
-        return rows.take(torch.arange(min(self.plan.test, len(rows)), device=self.device))
+        return rows.take(torch.arange(min(self.plan.test, len(rows))))
 
     def _batches(self, task: str, steps: int, seed: int):
         rows = data.load(self.folder, task)["train"]
-        return (batch.to(self.device) for batch in data.batches(rows, steps, self.plan.batch, seed))
+        return data.batches(rows, steps, self.plan.batch, seed)
 
     def _passes(self, arms: list[Arm], task: str, seed: int):
         """Trained banks of at most `together` arms each; all arms see the same batches."""
-        arms = sorted(arms, key=lambda arm: arm.nblocks)
         for at in range(0, len(arms), self.plan.together):
             bank = Bank(self.model, self.layers, arms[at : at + self.plan.together], seed)
             batches = self._batches(task, self.plan.steps, seed)
@@ -129,12 +133,12 @@ class Quality:
         arms = [replace(arm, lr=lr, init=init) for arm, init in wanted for lr in self.plan.rates]
         rows = self._part(task, "validation")
         for bank, _ in self._passes(arms, task, SWEEP_SEED):
-            for arm, score in zip(bank.arms, learn.score(self.model, bank, rows, 2 * self.plan.batch), strict=True):
+            for arm, score in zip(bank.arms, learn.score(self.model, bank, rows), strict=True):
                 self._result("sweep", unit, task, SWEEP_SEED, arm, "trained", score, lr=arm.lr, init=arm.init)
 
     def _base(self, unit: str, task: str) -> None:
         arm = Arm(0, 0, 0.0, 0.0)
-        score = learn.score(self.model, None, self._part(task, "test"), 16 * self.plan.batch)[0]
+        score = learn.score(self.model, None, self._part(task, "test"))[0]
         self._result("result", unit, task, None, arm, "base", score)
 
     def _main(self, unit: str, task: str, seed: int) -> None:
@@ -143,13 +147,12 @@ class Quality:
         arms = [replace(arm, lr=rates["lora" if arm.nblocks == 1 else "bd"]) for arm in self.arms]
         plain = None
         for bank, losses in self._passes(arms, task, seed):
-            scores = learn.score(self.model, bank, test, 2 * plan.batch)
+            scores = learn.score(self.model, bank, test)
             for index, (arm, score) in enumerate(zip(bank.arms, scores, strict=True)):
                 if arm.nblocks == 1:
                     plain = bank.get(index)
                 self._result("result", unit, task, seed, arm, "trained", score, lr=arm.lr, loss=float(losses[index]))
-        heal_rate = rates["bd"] / 2
-        chosen = [replace(arm, lr=heal_rate) for arm in arms if arm.nblocks > 1 and arm.goal in CONVERTED_GOALS]
+        chosen = [replace(arm, lr=plan.heal_lr) for arm in arms if arm.nblocks > 1 and arm.goal in CONVERTED_GOALS]
         if not chosen:
             return
         teacher, students = Bank(self.model, self.layers, arms[:1]), Bank(self.model, self.layers, chosen)
@@ -161,10 +164,12 @@ class Quality:
         for variant in ("converted", "healed"):
             if variant == "healed":
                 batches = self._batches(task, plan.heal_steps, seed + 1000)
-                learn.heal(self.model, students, teacher, batches, plan.heal_steps)
-            scores = learn.score(self.model, students, test, 2 * plan.batch)
+                learn.train(self.model, students, batches, plan.heal_steps, teacher)
+            scores = learn.score(self.model, students, test)
             for arm, (_, error), score in zip(students.arms, fits, scores, strict=True):
-                self._result("result", unit, task, seed, arm, variant, score, relative_error=round(error, 5))
+                self._result(
+                    "result", unit, task, seed, arm, variant, score, relative_error=round(error, 5), heal_lr=arm.lr
+                )
 
     def _speed(self, unit: str, task: str) -> None:
         steps = max(3, self.plan.steps // 20)

@@ -26,7 +26,6 @@ from sgl_bdlora.adapters.__main__ import main as adapters_command
 from sgl_bdlora.adapters.dense import dense_form
 from sgl_bdlora.adapters.model import read_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:grad and param do not obey")
 ARMS = [Arm(1, 4, 1.0, 1.0), Arm(2, 8, 1.0, 1.0), Arm(2, 4, 0.87, 0.87), Arm(4, 8, 1.0, 1.0)]
 WORDS = ["fox", "dog", "quick", "lazy", "price", "name", "capital", "France", "score", "rank"]
 
@@ -86,20 +85,50 @@ def filled(model, layers, arms=ARMS, seed=0):
     return bank
 
 
-def test_adapters_answer_as_in_peft(model, layers, parts, folder, tmp_path):
-    """Of different ranks in one pass, one of them filled up with zeros."""
+def losses_of(model, bank, rows, teacher=None):
+    return learn.loss(model, learn.hidden_states(model, bank, rows), rows, teacher)[0]
+
+
+def gradients_of(bank, model, layers):
+    """A bank whose adapters are the other's gradients."""
+    other = Bank(model, layers, bank.arms)
+    other._weights.copy_(bank._gradient)
+    return other
+
+
+def test_answers_and_gradients_are_pefts(model, layers, parts, folder, tmp_path, monkeypatch):
+    """Of different ranks in one pass, and chunk by chunk through the head."""
+    monkeypatch.setitem(learn.CHUNK, "cpu", 4 * 7)
     bank, rows = filled(model, layers), parts["test"].take(torch.arange(3))
-    with torch.no_grad(), bank.on():
-        ours = model(input_ids=rows.ids.repeat(4, 1)).logits.view(4, 3, rows.ids.shape[1], -1)
+    hidden = learn.hidden_states(model, bank, rows)
+    ours = model.lm_head(hidden)
+    hidden.backward(learn.loss(model, hidden, rows)[1])
+    gradients = gradients_of(bank, model, layers)
     plain = model(input_ids=rows.ids).logits
+    masks = [mask[:, :-1] for mask in rows.counted()]
     for i, arm in enumerate(bank.arms):
         save(bank, i, tmp_path / str(i))
         assert adapters_command(["validate", str(tmp_path / str(i)), "--model", str(folder), "--tp", "2"]) == 0
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        with torch.no_grad():
-            theirs = PeftModel.from_pretrained(base, str(tmp_path / str(i)))(input_ids=rows.ids).logits
+        peft = PeftModel.from_pretrained(deepcopy(model), str(tmp_path / str(i)), is_trainable=True)
+        theirs = peft(input_ids=rows.ids).logits
         torch.testing.assert_close(ours[i], theirs, rtol=0, atol=2e-5)
         assert (theirs - plain).abs().max() > 0.05, arm
+        says = theirs[:, :-1].log_softmax(-1).gather(2, rows.ids[:, 1:, None])[..., 0]
+        (-sum(says[mask].mean() for mask in masks)).backward()
+        for path, (a, b) in gradients.get(i).items():
+            module = peft.base_model.model.get_submodule(path)
+            torch.testing.assert_close(a, module.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(b, module.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-6)
+            assert b.abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_fused_norms_change_rounding_alone(model, parts, dtype, bound):
+    ids, before = parts["test"].ids, deepcopy(model).to(dtype)
+    after = weights.fuse_norms(deepcopy(before))
+    ours, theirs = (m(input_ids=ids).logits.float() for m in (after, before))
+    assert "forward" in vars(after.model.norm)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=bound * float(theirs.abs().max()))
 
 
 def test_put_and_get_are_inverse(model, layers):
@@ -128,21 +157,30 @@ def test_one_pass_equals_one_after_another(model, layers, parts):
         assert any(not torch.allclose(b, begun[i][path][1], atol=1e-3) for path, (_, b) in together.get(i).items())
 
 
-def test_step_is_torch_adamw_with_clipping(model, layers, parts):
-    bank = filled(model, layers, ARMS[:1])
-    leaves = [leaf for pair in bank._groups[0].factors.values() for leaf in pair]
-    copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    optimizer = torch.optim.AdamW(copies, lr=bank.arms[0].lr, weight_decay=0.0)
+def test_step_is_torch_adamw_with_clipping(model, layers):
+    """On the entries that an adapter has; what else the gradient holds neither counts for its norm nor is learnt."""
+    bank = filled(model, layers)
+    copies = [
+        [leaf.clone().requires_grad_() for pair in bank.get(i).values() for leaf in pair] for i in range(len(ARMS))
+    ]
+    optimizers = [
+        torch.optim.AdamW(leaves, lr=arm.lr, weight_decay=0.0) for leaves, arm in zip(copies, ARMS, strict=True)
+    ]
     noise = torch.Generator().manual_seed(3)
     for _ in range(3):
-        for leaf, copy in zip(leaves, copies, strict=True):
-            leaf.grad.copy_(torch.randn(leaf.shape, generator=noise))
-            copy.grad = leaf.grad.clone()
-        torch.nn.utils.clip_grad_norm_(copies, 1.0)
-        optimizer.step()
+        bank._gradient.copy_(torch.randn(bank._gradient.shape, generator=noise))
+        gradients = gradients_of(bank, model, layers)
+        for i, (leaves, optimizer) in enumerate(zip(copies, optimizers, strict=True)):
+            for leaf, gradient in zip(leaves, [g for pair in gradients.get(i).values() for g in pair], strict=True):
+                leaf.grad = gradient
+            torch.nn.utils.clip_grad_norm_(leaves, 1.0)
+            optimizer.step()
         bank.step()
-    for leaf, copy in zip(leaves, copies, strict=True):
-        torch.testing.assert_close(leaf, copy, rtol=0, atol=1e-6)
+    for i, leaves in enumerate(copies):
+        for leaf, ours in zip(leaves, [f for pair in bank.get(i).values() for f in pair], strict=True):
+            torch.testing.assert_close(ours, leaf, rtol=0, atol=1e-6)
+    assert not bank._weights[~bank._mask].any()
+    assert torch.equal(bank._copy, bank._weights)
 
 
 def _naive(model, bank, rows, index):
@@ -161,9 +199,8 @@ def _naive(model, bank, rows, index):
 
 def test_scores_and_loss_equal_a_plain_loop(model, layers, parts):
     bank, rows = filled(model, layers), parts["test"]
-    scores = learn.score(model, bank, rows, 5)
-    hidden = learn._hidden(model, bank, rows)
-    losses = learn._losses(model, hidden, rows)
+    scores = learn.score(model, bank, rows, 4 * 5)
+    losses = losses_of(model, bank, rows)
     for i, score in enumerate(scores):
         text, label, hits = _naive(model, bank, rows, i)
         assert score.perplexity == pytest.approx(math.exp(statistics.mean(text)), rel=1e-4)
@@ -179,10 +216,11 @@ def test_16_bit_model_trains_like_the_32_bit_one(model, layers, parts):
     small, last = deepcopy(model).bfloat16(), []
     for base in (model, small):
         bank = filled(base, layers, [dataclasses.replace(arm, lr=5e-3) for arm in ARMS])
-        assert bank._groups[0].flat.dtype == torch.float32
-        begun = learn._losses(base, learn._hidden(base, bank, parts["train"]), parts["train"]).detach()
+        assert bank._weights.dtype == torch.float32
+        assert bank._copy.dtype == bank._gradient.dtype == base.dtype
+        begun = losses_of(base, bank, parts["train"])
         learn.train(base, bank, data.batches(parts["train"], 10, 8, seed=1), 10)
-        last.append(learn._losses(base, learn._hidden(base, bank, parts["train"]), parts["train"]).detach())
+        last.append(losses_of(base, bank, parts["train"]))
         assert (last[-1] < begun - 0.5).all()
     torch.testing.assert_close(last[1], last[0], rtol=0.05, atol=0)
 
@@ -197,12 +235,12 @@ def test_divergence_from_oneself_is_zero_and_healing_lowers_it(model, layers, pa
 
     def distance(rows=parts["train"]):
         with torch.no_grad():
-            target = learn._hidden(model, teacher, rows)
-            return learn._losses(model, learn._hidden(model, students, rows), rows, target)
+            target = learn.hidden_states(model, teacher, rows)
+        return losses_of(model, students, rows, target)
 
     before = distance()
     assert before[1] < 1e-4 < before[0]  # rank nblocks x r is exact
-    learn.heal(model, students, teacher, data.batches(parts["train"], 40, 8, seed=1), 40)
+    learn.train(model, students, data.batches(parts["train"], 40, 8, seed=1), 40, teacher)
     assert distance()[0] < 0.8 * before[0]
 
 
@@ -317,4 +355,32 @@ def test_quick_run_resumes_and_reports(folder, parts, tmp_path, capsys):
     assert main(["report", str(output)]) == 0
     assert "| 2 blocks, healed |" in capsys.readouterr().out
     assert output.with_suffix(".png").stat().st_size > 10_000
-    assert "2 seeds" in tables(rows)
+    assert "Seeds: 2;" in tables(rows)
+
+
+def test_report_of_runs_split_over_devices(tmp_path, capsys):
+    """Files that share rows; the plot's legend has kinds that only the second task has."""
+    rows = [
+        _result(task, seed, *key)
+        for task, kinds in {"first": ["trained"], "second": ["trained", "healed"]}.items()
+        for seed in (0, 1)
+        for key in [("lora", 1, "trained"), *(("bd2-1.00x", 2, kind) for kind in kinds)]
+    ]
+    speed = {"kind": "speed", "model": "m", "task": "first", "gpu": "G", "adapters": 10, "batch": 16}
+    rows.append(speed | {"together_s": 0.1, "one_after_another_s": 0.4, "speed_up": 4.0})
+    for name, part in {"a": rows, "b": rows[4:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    words = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--plot", str(tmp_path / "plot.svg")]
+    assert main(["report", *words]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("4.00x") == 1
+    assert printed.count("Seeds: 2;") == 2
+    assert "2 blocks, healed" in (tmp_path / "plot.svg").read_text()
+
+
+def _result(task, seed, arm, nblocks, variant):
+    return {
+        "kind": "result", "model": "m", "task": task, "seed": seed, "arm": arm, "nblocks": nblocks, "variant": variant, "rank": 4,
+        "goal": 1.0, "params_ratio": 1.0, "steps": 4, "batch": 2, "rows": 4, "perplexity": 5.0 + nblocks + seed,
+        "accuracy": 0.5, "correct": "6",
+    }  # fmt: skip
