@@ -42,7 +42,7 @@ def report(rows: list[dict], beside: Path) -> list[Costs]:
 
 def costs_of(arm: str, kinds: dict[str, list[dict]]) -> Costs:
     first = kinds["decode"][0]
-    where = f"{first['gpu'] or 'CPU'}, TP {first['tp']}, {first['model']}, {first['layers']} layers, run {first['run']}, {first['commit']}"
+    where = f"{first['gpu'] or 'CPU'}, TP {first['tp']}, {first['model']}, {first['layers']} layers, run {first['run']}"
     name = {"ours": "bdlora", "stock": "csgmv"}[arm]
     words = (
         f"benchmarks.cluster.profile, {where}: {len(kinds['decode'])} decode and {len(kinds['prefill'])} prefill points"
