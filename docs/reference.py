@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import pkgutil
+import re
 import sys
 from pathlib import Path
 
@@ -12,12 +13,15 @@ import sgl_bdlora
 APART = ("sgl_bdlora.cpu.preload", "sgl_bdlora.cpu.stubs")
 
 
-def modules() -> list[str]:
-    """All modules that can be imported here; those whose extra is not installed are named and left out."""
+def specifications() -> list[str]:
+    """What pdoc takes: all modules that can be imported here, then "!expression" of those that cannot, as it goes into packages by itself.
+
+    Modules whose extra is not installed are named on stderr.
+    """
     from sgl_bdlora import cpu
 
     cpu.prepare_environment()
-    found = ["sgl_bdlora"]
+    found, without = ["sgl_bdlora"], [f"!{re.escape(name)}" for name in APART]
     for module in pkgutil.walk_packages(sgl_bdlora.__path__, "sgl_bdlora.", onerror=lambda name: None):
         if module.name.startswith(APART) or module.name.endswith("__main__"):
             continue
@@ -25,21 +29,22 @@ def modules() -> list[str]:
             importlib.import_module(module.name)
         except ImportError as missing:
             print(f"left out: {module.name} ({missing})", file=sys.stderr)
+            without.append(f"!{re.escape(module.name)}$")
             continue
         found.append(module.name)
-    return found
+    return found + without
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "build" / "api", metavar="DIR")
     target = parser.parse_args().output
-    names = modules()
+    names = specifications()
     import pdoc
 
     pdoc.render.configure(docformat="markdown", show_source=True, footer_text=f"sgl-bdlora {sgl_bdlora.__version__}")
     pdoc.pdoc(*names, output_directory=target)
-    print(f"{len(names)} modules: {target / 'index.html'}")
+    print(target / "index.html")
     return 0
 
 

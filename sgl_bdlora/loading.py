@@ -1,4 +1,4 @@
-"""Read an adapter's files before the schedulers do, so that a slow disk holds up the load and nobody else.
+"""Loads: they read an adapter's files before the schedulers do, so that a slow disk holds up nobody else, and are not left half done.
 
 Every rank reads an adapter between two batches, while all requests wait. The launcher reads its files first, in a thread; the ranks
 then find them in the page cache (where it is the same machine).
@@ -21,13 +21,27 @@ logger = logging.getLogger(__name__)
 MAX_BYTES = 2**34
 _BLOCK = 2**23
 _reader = ThreadPoolExecutor(1, "bdlora-reader")
+# The event loop alone would not keep them.
+_loads: set[asyncio.Future] = set()
 
 
 async def around_load_lora_adapter(original, manager, obj, request=None):
-    """Hook of TokenizerManager.load_lora_adapter."""
-    if manager.server_args.lora_backend == config.BACKEND:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(_reader, warm, obj.lora_name, obj.lora_path, config.options().adapter_root)
+    """Hook of TokenizerManager.load_lora_adapter. A load that has begun goes on when its request is cancelled.
+
+    SGLang loads an unloaded adapter again for a request that names it. When that client leaves its stream in the meantime, the ranks would
+    have the adapter, and the registry not: nobody could unload it.
+    """
+    if manager.server_args.lora_backend != config.BACKEND:
+        return await original(manager, obj, request)
+    load = asyncio.ensure_future(_read_and_load(original, manager, obj, request))
+    _loads.add(load)
+    load.add_done_callback(_loads.discard)
+    return await asyncio.shield(load)
+
+
+async def _read_and_load(original, manager, obj, request):
+    loop = asyncio.get_running_loop()
+    await loop.run_in_executor(_reader, warm, obj.lora_name, obj.lora_path, config.options().adapter_root)
     return await original(manager, obj, request)
 
 

@@ -46,8 +46,7 @@ def register() -> None:
         _register_metrics()
         _register_tenants()
         _register_ending()
-        for check in malformed.TARGETS:
-            _hook(check, malformed.around_check, "AROUND")
+        _register_malformed()
         tensors = "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter_from_tensors"
         _hook(tensors, _around_load_lora_adapter_from_tensors, "AROUND")
     cpu.register_hooks(_hook)
@@ -87,6 +86,7 @@ def _register_unloading() -> None:
     _hook(f"{manager}.init_lora", unloading.after_init_lora, "AFTER")
     _hook(f"{manager}._discard_pending_req_states", unloading.around_discard_pending_req_states, "AROUND")
     _hook(f"{registry}.acquire", unloading.around_acquire, "AROUND")
+    _hook(f"{registry}.release", unloading.around_release, "AROUND")
     _hook(f"{registry}.wait_for_unload", unloading.around_wait_for_unload, "AROUND")
 
 
@@ -134,6 +134,27 @@ def _register_ending() -> None:
     _hook(f"{handler}.sigterm_handler", ending.before_sigterm_handler, "BEFORE")
     _hook(f"{handler}.running_phase_sigquit_handler", ending.before_sigquit_handler, "BEFORE")
     _hook("sglang.srt.utils.common.kill_process_tree", ending.around_kill_process_tree, "AROUND")
+
+
+def _register_malformed() -> None:
+    entrypoints = "sglang.srt.entrypoints"
+    ollama = f"{entrypoints}.ollama.serving.OllamaServing"
+    openai = f"{entrypoints}.openai"
+    for check in malformed.TARGETS:
+        _hook(check, malformed.around_check, "AROUND")
+    tokenize = "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_texts"
+    _hook(tokenize, malformed.around_tokenize, "AROUND")
+    streaming = f"{openai}.serving_base.OpenAIServingBase._handle_streaming_request"
+    _hook(streaming, malformed.around_handle_streaming, "AROUND")
+    detokenize = f"{openai}.serving_tokenize.OpenAIServingDetokenize._convert_to_internal_request"
+    _hook(detokenize, malformed.before_detokenize, "BEFORE")
+    anthropic = f"{entrypoints}.anthropic.serving.AnthropicServing._error_response"
+    _hook(anthropic, malformed.around_anthropic_error, "AROUND")
+    _hook(f"{ollama}.handle_chat", malformed.before_ollama_messages, "BEFORE")
+    _hook(f"{ollama}._generate_chat_response", malformed.before_ollama_chat, "BEFORE")
+    _hook(f"{ollama}._stream_chat_response", malformed.before_ollama_chat, "BEFORE")
+    _hook(f"{ollama}._stream_chat_response", malformed.around_ollama_stream, "AROUND")
+    _hook(f"{ollama}._stream_generate_response", malformed.around_ollama_stream, "AROUND")
 
 
 def _register_backend() -> None:
@@ -270,5 +291,6 @@ def _before_launch_server(server_args, *args, **kwargs):
     from sgl_bdlora.tenants import start as tenants_start
 
     info.add_route(http_server.app)
+    malformed.add_handlers(http_server.app)
     warm_up = kwargs.get("execute_warmup_func", http_server._execute_server_warmup)
     return (server_args, *args), {**kwargs, "execute_warmup_func": tenants_start.warm_up_with_key(warm_up)}

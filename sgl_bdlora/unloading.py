@@ -36,6 +36,15 @@ async def around_acquire(original, registry, lora_name):
         _acquiring[id(registry)] -= 1
 
 
+async def around_release(original, registry, lora_id) -> None:
+    """Hook of LoRARegistry.release, which runs a little after a request's end: an unload may have been quicker."""
+    try:
+        await original(registry, lora_id)
+    except KeyError:
+        if registry not in _managers:
+            raise
+
+
 async def around_wait_for_unload(original, registry, lora_id: str) -> None:
     """Hook of LoRARegistry.wait_for_unload; the name is gone from the registry, so that no new request can begin."""
     manager = _managers.get(registry)

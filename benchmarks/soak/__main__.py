@@ -4,9 +4,10 @@
     python -m benchmarks.soak --minutes 0.5 --adapters 12 --prompts 2     # about a minute in all
 
 Runs on a CPU with a tiny random Llama (float32). All adapters together would fill the LoRA pool three times. Client threads ask for
-the base and for adapters by Zipf popularity, in whole, streamed, batched and abandoned requests; an operator thread loads adapters
-under new names, puts other adapters under names in use, unloads, loads bad ones and asks for unknown ones. Every answer has to be the
-one that the same adapter and prompt got when asked alone before. Exit code 0: no failure, and memory flat (judged from 5 minutes on).
+the base and for adapters by Zipf popularity, in whole, streamed, batched and abandoned requests; client processes with several open
+requests are killed; an operator thread loads adapters under new names, puts other adapters under names in use, unloads, loads bad ones
+and asks for unknown ones. Every answer has to be the one that the same adapter and prompt got when asked alone before. At the end the
+server has to have given everything back. Exit code 0: no failure, and memory and open files flat (judged from 5 minutes on).
 """
 
 import argparse
@@ -17,7 +18,6 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
 from harness import Server
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -27,15 +27,18 @@ from benchmarks.record import RESULTS, Rows
 from benchmarks.workload import percentile
 
 from . import memory, plot
+from .afterwards import check_empty
 from .catalogue import pool_bytes, write_adapters, write_spoiled
 from .churn import Operator
 from .clients import Client, Tally
+from .killer import Killer
 from .names import Names
 from .references import gather
 
 JUDGED_FROM_S = 300
-MOST_SLOPE_MIB_A_MINUTE = 2.0
 MOST_CHANGE_PERCENT = 2.0
+# Of one series: unit, and the steepest slope per minute.
+SERIES = {"private_mib": ("MiB", 2.0), "rss_mib": ("MiB", 2.0), "handles": ("open files", 0.5)}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -50,6 +53,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the adapters' popularity (default: 1)")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--lora-sharding", choices=("replicated", "s-lora"), default="replicated")
+    parser.add_argument("--no-killer", action="store_true", help="no client process is killed")
     parser.add_argument("--no-operator", action="store_true", help="adapters stay as they are loaded at the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/soak-<time>.jsonl)")
@@ -96,12 +100,12 @@ def soak(args: argparse.Namespace, root: Path) -> int:
             references = gather(server, names.folders(), Oracle(model), args.prompts, rng, bar.update)
         print(f"{args.prompts * (args.adapters + 1)} references equal the Transformers + PEFT oracle", flush=True)
 
-        clients = [
-            Client(server.base_url, names, references, tally, end, f"{args.seed} client {i}")
-            for i in range(args.clients)
-        ]
-        operator = Operator(server.base_url, names, references, folders, spoiled, tally, end, f"{args.seed} operator")
-        threads = clients if args.no_operator else [*clients, operator]
+        handles_before = memory.sample(server.process.pid)["handles"]
+        common = (server.base_url, names, references, tally, end)
+        operator = Operator(*common, f"{args.seed} operator", folders, spoiled)
+        threads = [Client(*common, f"{args.seed} client {i}") for i in range(args.clients)]
+        threads += [] if args.no_killer else [Killer(*common, f"{args.seed} killer")]
+        threads += [] if args.no_operator else [operator]
         for thread in threads:
             thread.start()
         samples = watch(server, tally, args.minutes * 60, rows)
@@ -110,8 +114,8 @@ def soak(args: argparse.Namespace, root: Path) -> int:
             thread.join(90)
             if thread.is_alive():
                 tally.fail(f"a {type(thread).__name__} thread has not ended 90 s after the run")
-        check_empty(server, operator, tally)
-    return summarize(rows, samples, tally)
+        handles = {"before": handles_before, "after": check_empty(server, operator, handles_before, tally)}
+    return summarize(rows, samples, tally, handles)
 
 
 def watch(server: Server, tally: Tally, duration: float, rows: Rows) -> list[dict]:
@@ -119,8 +123,8 @@ def watch(server: Server, tally: Tally, duration: float, rows: Rows) -> list[dic
     begin, samples, next_line = time.monotonic(), [], 0.0
     while (seconds := time.monotonic() - begin) < duration:
         try:
-            pool = httpx.get(f"{server.base_url}/bdlora/info", timeout=30).json()["pool"]
-            usage = memory.sample(server._process.pid)
+            pool = server.get("/bdlora/info").json()["pool"]
+            usage = memory.sample(server.process.pid)
         except Exception as error:
             tally.fail(f"the server does not tell its state: {error!r}")
             break
@@ -131,6 +135,7 @@ def watch(server: Server, tally: Tally, duration: float, rows: Rows) -> list[dic
             "refused_as_expected": tally.counts["refused_as_expected"],
             "loaded": tally.counts["loaded"],
             "unloaded": tally.counts["unloaded"],
+            "clients_killed": tally.counts["clients_killed"],
             "pool_loads": pool["loads"],
             "pool_evictions": pool["evictions"],
             "pool_resident": pool["resident_adapters"],
@@ -142,40 +147,29 @@ def watch(server: Server, tally: Tally, duration: float, rows: Rows) -> list[dic
             print(
                 f"{seconds:5.0f} s  {row['requests']:6d} requests  {row['refused_as_expected']:4d} refused as expected  "
                 f"{row['failures']:3d} failures  {pool['loads']:6d} pool loads  {pool['resident_adapters']:3d} resident  "
-                f"private {usage['private_mib']:7.1f} MiB",
+                f"{row['clients_killed']:4d} killed  private {usage['private_mib']:7.1f} MiB  {usage['handles']:4d} open files",
                 flush=True,
             )
         time.sleep(max(0.0, 2 * len(samples) - (time.monotonic() - begin)))
     return samples
 
 
-def check_empty(server: Server, operator: Operator, tally: Tally) -> None:
-    """With every adapter unloaded nothing is left: no adapter listed, no byte of the pool taken, nothing waiting."""
-    try:
-        operator.close_all()
-        state = httpx.get(f"{server.base_url}/bdlora/info", timeout=30).json()
-    except Exception as error:
-        tally.fail(f"unloading everything at the end failed: {error!r}")
-        return
-    if state["adapters"] or any(state["pool"]["used_bytes"]):
-        left = [adapter["name"] for adapter in state["adapters"]]
-        tally.fail(
-            f"with everything unloaded {left} are loaded and the pool has {state['pool']['used_bytes']} bytes taken"
-        )
-
-
-def summarize(rows: Rows, samples: list[dict], tally: Tally) -> int:
+def summarize(rows: Rows, samples: list[dict], tally: Tally, handles: dict[str, int]) -> int:
     seconds = [row["seconds"] for row in samples]
     series, verdicts = {}, []
-    for name in ("private", "rss"):
+    for name, (_, most_slope) in SERIES.items():
         try:
-            series[name] = memory.flatness(seconds, [row[f"{name}_mib"] for row in samples])
+            series[name] = memory.flatness(seconds, [row[name] for row in samples])
         except ValueError as error:
             print(error)
             continue
-        verdicts.append(series[name].flat(MOST_SLOPE_MIB_A_MINUTE, MOST_CHANGE_PERCENT))
+        verdicts.append(series[name].flat(most_slope, MOST_CHANGE_PERCENT))
     judged = bool(seconds) and seconds[-1] >= JUDGED_FROM_S - 10
-    passed = not tally.counts["failures"] and bool(samples) and (not judged or (len(verdicts) == 2 and all(verdicts)))
+    passed = (
+        not tally.counts["failures"]
+        and bool(samples)
+        and (not judged or (len(verdicts) == len(SERIES) and all(verdicts)))
+    )
     summary = {
         **tally.counts,
         "failures": tally.counts["failures"],
@@ -185,8 +179,9 @@ def summarize(rows: Rows, samples: list[dict], tally: Tally) -> int:
         "pool_loads": samples[-1]["pool_loads"] if samples else None,
         "pool_evictions": samples[-1]["pool_evictions"] if samples else None,
         "seconds": seconds[-1] if seconds else 0,
-        "memory": {name: vars(flat) for name, flat in series.items()},
-        "memory_judged": judged,
+        "handles_idle": handles,
+        "flatness": {name: vars(flat) for name, flat in series.items()},
+        "flatness_judged": judged,
         "passed": passed,
     }
     rows.write(kind="summary", **summary)
@@ -195,13 +190,14 @@ def summarize(rows: Rows, samples: list[dict], tally: Tally) -> int:
         plot.draw(samples, picture)
     print("\nSummary")
     for name, value in summary.items():
-        if name not in ("failure_messages", "memory"):
+        if name not in ("failure_messages", "flatness"):
             print(f"  {name}: {value}")
     for name, flat in series.items():
+        unit, most_slope = SERIES[name]
         print(
-            f"  {name}: {flat.slope:+.2f} MiB a minute after the first quarter (at most {MOST_SLOPE_MIB_A_MINUTE}), "
-            f"second quarter {flat.start:.1f}, last quarter {flat.end:.1f} MiB ({flat.change_percent:+.2f} %, at most "
-            f"{MOST_CHANGE_PERCENT}){'' if judged else '; too short to judge'}"
+            f"  {name}: {flat.slope:+.2f} {unit} a minute after the first quarter (at most {most_slope}), second quarter "
+            f"{flat.start:.1f}, last quarter {flat.end:.1f} ({flat.change_percent:+.2f} %, at most {MOST_CHANGE_PERCENT})"
+            f"{'' if judged else '; too short to judge'}"
         )
     for message in tally.failures:
         print(f"  FAILURE {message}")

@@ -27,11 +27,11 @@ class Operator(threading.Thread):
         url: str,
         names: Names,
         references: References,
-        folders: list[Path],
-        spoiled: dict[Path, str],
         tally: Tally,
         end: threading.Event,
         seed: str,
+        folders: list[Path],
+        spoiled: dict[Path, str],
     ):
         super().__init__(daemon=True)
         self._http = httpx.Client(base_url=url, timeout=TIMEOUT_S)
@@ -133,6 +133,7 @@ class Operator(threading.Thread):
         for name in self._names.folders():
             self._names.close(name)
             self._unload(name)
+        self._http.close()
 
     def _load(self, name: str, folder: Path) -> None:
         self._succeed(self._post("load", name, folder), f"loading {folder} as {name}")

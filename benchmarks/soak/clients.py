@@ -81,12 +81,9 @@ class Client(threading.Thread):
         who = ", ".join(f"{ask.adapter or 'base'} ({ask.folder and ask.folder.name})" for ask in asks)
         try:
             answers = send(http, way, asks)
-        except Refused as refusal:
-            if "not loaded" in str(refusal) and any(a.adapter and not self._names.is_open(a.adapter) for a in asks):
-                # It was unloaded between two steps of SGLang's admission of this request.
-                self._tally.add("refused_while_unloading", len(asks))
-            else:
-                self._tally.fail(f"{way} request for {who} was refused: {refusal}")
+        except Refused as answer:
+            names = [ask.adapter for ask in asks if ask.adapter]
+            refusal(self._tally, self._names, names, f"{way} request for {who} was refused: {answer}")
             return
         except Exception as error:
             self._tally.fail(f"{way} request for {who} failed: {error!r}")
@@ -104,6 +101,14 @@ class Client(threading.Thread):
                 self._tally.fail(f"{way} answer of {ask.adapter or 'base'} ({ask.folder}) is wrong: {wrong}")
             else:
                 self._tally.answered(reference, answer)
+
+
+def refusal(tally: Tally, names: Names, asked: list[str], message: str) -> None:
+    """Count a refused request: right only where its adapter was unloaded between two steps of SGLang's admission, else a failure."""
+    if "not loaded" in message and not all(names.is_open(name) for name in asked):
+        tally.add("refused_while_unloading", max(1, len(asked)))
+    else:
+        tally.fail(message)
 
 
 class Refused(Exception):

@@ -1,4 +1,4 @@
-"""Memory of a server's processes over time, and whether it grows."""
+"""Memory and open files of a server's processes over time, and whether they grow."""
 
 import re
 from collections.abc import Sequence
@@ -10,18 +10,20 @@ import psutil
 
 
 def sample(pid: int) -> dict:
-    """Memory in MiB of a process and all its descendants: sums, and the private part by process.
+    """Memory in MiB and open file handles of a process and all its descendants: sums, and both by process.
 
     private: pages that a process has written and shares with nobody (Private_Dirty and Swap of /proc/PID/smaps_rollup). USS, which
     psutil reports, has unwritten pages of files too: it falls and rises by MiBs when some other Python starts and ends on this machine.
-    RSS counts a page that several processes share once for each.
+    RSS counts a page that several processes share once for each. handles: files, sockets, pipes (entries of /proc/PID/fd).
     """
     root = psutil.Process(pid)
-    sums = {"private_mib": 0.0, "uss_mib": 0.0, "rss_mib": 0.0}
+    sums = {"private_mib": 0.0, "uss_mib": 0.0, "rss_mib": 0.0, "handles": 0}
     by_process: dict[str, float] = {}
+    handles: dict[str, int] = {}
     for process in [root, *root.children(recursive=True)]:
         try:
             title, rollup = _title(process), Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            open_here = process.num_fds()
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             continue
         private = _mib(rollup, "Private_Dirty", "Swap")
@@ -29,7 +31,9 @@ def sample(pid: int) -> dict:
         sums["private_mib"] += private
         sums["uss_mib"] += _mib(rollup, "Private_Dirty", "Private_Clean", "Private_Hugetlb")
         sums["rss_mib"] += _mib(rollup, "Rss")
-    return {**sums, "private_by_process_mib": by_process}
+        handles[title] = handles.get(title, 0) + open_here
+        sums["handles"] += open_here
+    return {**sums, "private_by_process_mib": by_process, "handles_by_process": handles}
 
 
 def _mib(rollup: str, *fields: str) -> float:
@@ -48,7 +52,7 @@ def _title(process: psutil.Process) -> str:
 
 @dataclass(frozen=True)
 class Flatness:
-    """Of one series: MiB a minute by least squares after the first quarter, and last quarter's mean against the second's."""
+    """Of one series: its unit a minute by least squares after the first quarter, and last quarter's mean against the second's."""
 
     slope: float
     change_percent: float
@@ -60,13 +64,13 @@ class Flatness:
         return self.slope <= most_slope and self.change_percent <= most_percent
 
 
-def flatness(seconds: Sequence[float], mib: Sequence[float]) -> Flatness:
+def flatness(seconds: Sequence[float], values: Sequence[float]) -> Flatness:
     """Judge a series by time; needs two samples in each quarter. Raises ValueError when there are fewer."""
-    t, y = np.asarray(seconds, dtype=float), np.asarray(mib, dtype=float)
+    t, y = np.asarray(seconds, dtype=float), np.asarray(values, dtype=float)
     quarter = np.minimum((t - t[0]) / (t[-1] - t[0]) * 4, 3.999).astype(int) if len(t) > 1 else np.zeros(0, int)
     counts = np.bincount(quarter, minlength=4)
     if counts.min() < 2:
-        raise ValueError(f"memory needs two samples in each quarter of the run, there are {counts.tolist()}")
+        raise ValueError(f"a series needs two samples in each quarter of the run, there are {counts.tolist()}")
     slope = np.polyfit(t[quarter > 0] / 60, y[quarter > 0], 1)[0]
     second, last = y[quarter == 1].mean(), y[quarter == 3].mean()
     return Flatness(float(slope), float((last / second - 1) * 100), float(second), float(last))

@@ -187,22 +187,3 @@ def test_unloading_waits_for_running_requests(live, tmp_path):
         *_, last = pieces
         unloading.result(60)
     check(live.oracle, [ask], [last])
-
-
-def test_requests_whose_fields_do_not_fit_together_are_refused(live):
-    """SGLang's checks of a request end in errors of Python's own, which it answers with 500 (sgl_bdlora/malformed.py)."""
-    live.ensure("bd4-r16")
-    prompts = [list(live.prompt(4)), list(live.prompt(4))]
-    for fields in (
-        {"input_ids": prompts, "lora_path": ["bd4-r16"]},
-        {"input_ids": prompts, "sampling_params": [{"max_new_tokens": 1}]},
-        {"input_ids": prompts[0], "sampling_params": {"max_new_tokens": "many"}},
-        {"input_ids": [], "lora_path": "bd4-r16"},
-    ):
-        response = live.server.post("/generate", fields)
-        assert response.status_code == 400, (fields, response.text)
-    fields = {"model": "base", "prompt": prompts[0], "max_tokens": 1, "extra_key": ["a list"]}
-    response = live.server.post("/v1/completions", fields)
-    assert response.status_code == 400, response.text
-    ask = live.ask("bd4-r16", 12)
-    check(live.oracle, [ask], live.server.generate([ask]))

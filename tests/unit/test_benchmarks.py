@@ -1,13 +1,18 @@
 """The benchmarks' own arithmetic: a wrong sampler, percentile or verdict makes every figure wrong."""
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
+import os
 import random
 import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import files
 from benchmarks.cliff import arms, load
 from benchmarks.record import Rows, read_rows
-from benchmarks.soak import catalogue, memory, references
+from benchmarks.soak import catalogue, killer, memory, references
+from benchmarks.soak.clients import Tally
 from benchmarks.soak.names import Names
 from benchmarks.workload import arrivals, percentile, zipf_weights
 from sgl_bdlora.adapters import read_adapter
@@ -118,6 +124,45 @@ def test_a_name_is_idle_when_nobody_asks_for_it():
     with names.choose(random.Random(0)):
         assert not names.wait_until_idle("a", 0.01)
     assert names.wait_until_idle("a", 0.01)
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """Streams pieces until its client is gone."""
+
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b"data: {}\n\n")
+                time.sleep(0.01)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_client_process_is_killed_with_its_streams_open(monkeypatch):
+    monkeypatch.setattr(killer, "LIFE_S", (0.7, 0.7))
+    monkeypatch.setattr(killer, "GRACE_S", 0)
+    names, tally, asks = Names(0.0), Tally(), references.References()
+    names.open("a", Path("a"))
+    asks.add(references.Ask((1, 2, 3)), {})
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        thread = killer.Killer(f"http://127.0.0.1:{server.server_port}", names, asks, tally, threading.Event(), "0")
+        with names.choose(random.Random(0), 3) as picked:
+            thread._report(thread._kill_one(picked), picked)
+        server.shutdown()
+    assert tally.counts["clients_killed"] == 1
+    assert tally.counts["clients_killed_streams_open"] == 3
+    assert not tally.failures
+
+
+def test_open_files_are_counted(tmp_path):
+    before = memory.sample(os.getpid())
+    with (tmp_path / "file").open("w"):
+        assert memory.sample(os.getpid())["handles"] == before["handles"] + 1
+    assert memory.sample(os.getpid())["handles"] == before["handles"]
 
 
 def test_the_soak_mixes_structures_and_ranks():

@@ -186,6 +186,30 @@ def test_a_slow_disk_holds_up_only_the_load(monkeypatch):
     assert order == [*["served"] * 5, "read", "loaded"]
 
 
+def test_a_load_goes_on_when_its_client_leaves(monkeypatch):
+    """Else the ranks would have an adapter that the registry does not know."""
+    done = []
+
+    async def load(*_):
+        await asyncio.sleep(0.05)
+        done.append("registered")
+
+    async def serve():
+        manager = SimpleNamespace(server_args=SimpleNamespace(lora_backend="bdlora"))
+        request = SimpleNamespace(lora_name="x", lora_path="x")
+        stream = asyncio.ensure_future(loading.around_load_lora_adapter(load, manager, request))
+        await asyncio.sleep(0.02)
+        stream.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stream
+        assert not done
+        await asyncio.sleep(0.2)
+
+    monkeypatch.setattr(loading, "warm", lambda *_: 0)
+    asyncio.run(serve())
+    assert done == ["registered"]
+
+
 END = """
 import logging, os, sys
 from sgl_bdlora import ending

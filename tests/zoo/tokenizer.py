@@ -30,6 +30,8 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer.train_from_iterator(TEXT, trainer)
     tokenizer.add_tokens([f"<|extra_{i}|>" for i in range(vocab_size - tokenizer.get_vocab_size())])
     assert tokenizer.get_vocab_size() == vocab_size
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", model_max_length=2048
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
