@@ -32,7 +32,7 @@ VARIANTS = {
 }  # fmt: skip
 COSTS = ("bdlora", "padded")
 BASE = {
-    "replicas": {"count": 8, "pool_gib": 8.0}, "adapters": {"count": 200},
+    "replicas": {"count": 8, "gpus": 1, "pool_gib": 8.0}, "adapters": {"count": 200},
     "workload": {"duration_s": 100.0, "warmup_s": 20.0, "zipf": 0.8},
 }  # fmt: skip
 

@@ -24,7 +24,8 @@ def needed_replicas(
 
     def enough(count: int) -> bool:
         try:
-            result = simulate(config.with_(replicas={"count": count}))
+            # However many a deployment of it may add: how many it would need is the question.
+            result = simulate(config.with_(replicas={"count": count}, serve={"max_replicas": 0}))
         except PlacementError:
             if count == most:
                 raise

@@ -200,6 +200,9 @@ def test_sizing_finds_the_fewest_replicas():
     assert keeps_slo(results[count])
     assert not keeps_slo(results[count - 1])
     assert needed_replicas(c.with_(workload={"rate": 100.0}), 2)[0] is None
+    # What a deployment may grow to does not bound the search.
+    c = c.with_(replicas={"count": 1}, serve={"max_replicas": 1})
+    assert needed_replicas(c, 16)[0] == count
 
 
 def test_highest_rate_keeps_the_slo_and_a_little_more_does_not():
