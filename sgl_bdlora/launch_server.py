@@ -7,7 +7,6 @@ a machine without a GPU adds the arguments that SGLang needs there.
 import os
 import socket
 import sys
-from collections.abc import Callable
 
 from sgl_bdlora import cpu, defaults
 
@@ -25,8 +24,8 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
-def main(argv: list[str], prepare: Callable[[], None] | None = None) -> None:
-    """argv: the command line's words. prepare is called once SGLang can be imported, before it starts."""
+def main(argv: list[str]) -> None:
+    """argv: the command line's words."""
     cpu.prepare_environment()
     cpu.start_fork_server()
     from sglang.launch_server import run_server
@@ -38,8 +37,6 @@ def main(argv: list[str], prepare: Callable[[], None] | None = None) -> None:
 
     load_plugins()
     plugin.verify_hooks()
-    if prepare is not None:
-        prepare()
     server_args = prepare_server_args(argv + defaults.arguments(argv))
     check_port(server_args.host, server_args.port)
     try:

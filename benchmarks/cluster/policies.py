@@ -9,11 +9,13 @@ Clients stream over HTTP through the cluster's front. Of every answer the server
 (`stream_interval` of the request), so that neither front nor client is what is measured: the time to the first token has everything in it
 that a client waits for, loads of adapters too; the time per token is that between the two messages by the tokens between. Before each point
 replicas unload every adapter, the controller forgets the demand, and each adapter answers one request, where the policy sends it, as in the
-simulator; loads are counted from there. Rows are appended as points are done, all policies at one rate before the next rate.
+simulator; loads are counted from there. Rows are appended as points are done, all policies at one rate before the next rate. A point before
+which the cluster does not come to rest is left out, with the reason, and the next one is tried; --within ends a run in time.
 """
 
 import argparse
 import asyncio
+import math
 import os
 import random
 import sys
@@ -42,7 +44,10 @@ TINY_ADAPTERS = {4: 6, 8: 3, 32: 2, 64: 1}
 # A message after the first only at the end.
 INTERVAL = 1 << 20
 DRAIN_S = 3.0
-CLEAR_S = 30.0
+# Until the cluster has unloaded everything, and how often it is asked to: a plan of the last trace may still load something.
+CLEAR_S, CLEARINGS = 7.0, 3
+# Adapters asked for at once when all are loaded: more would only wait in the replicas.
+TOUCHED = 8
 # Until what replicas have counted is in the status.
 REPORTED_S = 1.2
 
@@ -71,6 +76,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--files", type=Path, help="where model and adapters are kept for the next run (default: a temporary directory)"
     )
     add("--output", type=Path, help="results file (default: benchmarks/results/policies-<time>.jsonl)")
+    add("--within", type=float, default=math.inf, metavar="SECONDS", help="begin no point that might not end by then")
     add("--resume", action="store_true", help="skip the points that --output has")
     add("--simulate", type=Path, metavar="ROWS", help="measure nothing: simulate that file's points and compare")
     args = parser.parse_args(argv)
@@ -169,6 +175,7 @@ class Run:
         done = read_rows(args.output) if args.resume and args.output.exists() else []
         self.done = {(row["policy"], row["rate"]) for row in done if row["kind"] == "point"}
         self.ended, self.failed = threading.Event(), False
+        self.began = time.monotonic()
         self.rows = Rows(args.output, benchmark="policies", device=args.device, model=shape.name, seconds=args.seconds)
         shown = {key: value for key, value in settings.items() if key not in ("serve", "costs")}
         self.rows.write(
@@ -179,11 +186,10 @@ class Run:
     def whole(self) -> int:
         from sgl_bdlora.cluster.serving.launch import ClusterFailed, serve_cluster, url
 
-        began = time.monotonic()
         measuring = threading.Thread(target=self._measure, args=(url(self.config),), daemon=True)
 
         def say(words: str) -> None:
-            print(f"{time.monotonic() - began:4.0f} s: {words}", flush=True)
+            self._say(words)
             if words.startswith("The cluster is ready"):
                 measuring.start()
 
@@ -205,17 +211,45 @@ class Run:
         finally:
             self.ended.set()
 
+    def _say(self, words: str) -> None:
+        print(f"{time.monotonic() - self.began:4.0f} s: {words}", flush=True)
+
     async def _points(self, url: str) -> None:
         names = [a.name for a in self.adapters]
         async with client(url) as http:
-            # Not counted: what servers compile and load when they are asked first.
+            # Not counted: what servers compile when they are asked first.
+            await self._touch(http, names)
             await self._replay(http, names, self.args.rates[0])
+            self._say("servers are warm")
+            longest = 0.0
             for rate in self.args.rates:
                 for policy in self.args.policies:
-                    if self.ended.is_set():
-                        return
-                    if (policy, rate) not in self.done:
-                        await self._point(http, names, policy, rate)
+                    began = time.monotonic()
+                    if self.ended.is_set() or (policy, rate) in self.done:
+                        continue
+                    if began + longest - self.began > self.args.within:
+                        self._say(
+                            f"{policy} at {rate:g}: left out, --within {self.args.within:g} is over; --resume goes on"
+                        )
+                        continue
+                    await self._point(http, names, policy, rate)
+                    longest = max(longest, time.monotonic() - began)
+
+    async def _touch(self, http: httpx.AsyncClient, names: list[str]) -> None:
+        """Each adapter answers one request, where the policy sends it."""
+        began, places = time.monotonic(), asyncio.Semaphore(TOUCHED)
+
+        async def one(name: str) -> Sent:
+            async with places:
+                return await send(http, name, 8, 1, self.shape.vocab)
+
+        sent = await asyncio.gather(*(one(name) for name in names))
+        lost = [name for name, answer in zip(names, sent, strict=True) if not answer.ok]
+        size, seconds = sum(a.size for a in self.adapters), time.monotonic() - began
+        self._say(
+            f"{len(names)} adapters, {size / 1e6:.0f} MB, loaded in {seconds:.1f} s"
+            + f"; no answer: {lost}" * bool(lost)
+        )
 
     async def _replay(self, http: httpx.AsyncClient, names: list[str], rate: float) -> list[Sent]:
         trace = make_trace(self.config.with_(workload={"rate": rate}).workload, len(names))
@@ -225,7 +259,10 @@ class Run:
 
     async def _point(self, http: httpx.AsyncClient, names: list[str], policy: str, rate: float) -> None:
         before = await self._fresh(http, policy)
-        await asyncio.gather(*(send(http, name, 8, 1, self.shape.vocab) for name in names))
+        if before is None:
+            self.failed = True
+            return
+        await self._touch(http, names)
         sent = await self._replay(http, names, rate)
         await asyncio.sleep(REPORTED_S)
         after = (await http.get("/cluster/status")).json()
@@ -236,23 +273,29 @@ class Run:
             bytes_moved=sum(after["bytes_moved"].values()) - sum(before["bytes_moved"].values()),
             moves=after["moves"] - before["moves"],
         )  # fmt: skip
-        print(table([row], head=False), flush=True)
+        self._say(table([row], head=False))
 
-    async def _fresh(self, http: httpx.AsyncClient, policy: str) -> dict:
-        """The status once the cluster plans by this policy and no replica has an adapter or a request."""
+    async def _fresh(self, http: httpx.AsyncClient, policy: str) -> dict | None:
+        """The status once the cluster plans by this policy and no replica has an adapter or a request; None if it does not come to that."""
         from sgl_bdlora.cluster.serving import follower
 
-        await asyncio.wrap_future(follower.controller().use_policy.remote(policy).future())
-        deadline = time.monotonic() + CLEAR_S
-        while True:
-            status = (await http.get("/cluster/status")).json()
-            if status["policy"] == policy and not any(r["loaded"] or r["running"] for r in status["replicas"]):
-                return status
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"replicas still have adapters or requests {CLEAR_S:g} s after the last point: {status}"
-                )
-            await asyncio.sleep(0.2)
+        for _ in range(CLEARINGS):
+            await asyncio.wrap_future(follower.controller().use_policy.remote(policy).future())
+            deadline = time.monotonic() + CLEAR_S
+            while True:
+                status = (await http.get("/cluster/status")).json()
+                busy = [r for r in status["replicas"] if r["loaded"] or r["loading"] or r["running"]]
+                if status["policy"] == policy and not busy:
+                    return status
+                if time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(0.2)
+        shown = [
+            f"{r['name']} runs {r['running']} requests, has {r['loaded']} and is loading {r['loading']}" for r in busy
+        ]
+        problem = "; ".join(shown) or f"the controller still plans by {status['policy']}"
+        self._say(f"{policy}: left out, not at rest {CLEARINGS} times {CLEAR_S:g} s after it was chosen: {problem}")
+        return None
 
 
 if __name__ == "__main__":

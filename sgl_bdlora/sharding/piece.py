@@ -128,6 +128,8 @@ def _read_factor(factor: Factor, rows: Span, cols: Span, local_blocks: int) -> t
     row_width, col_width = total_rows // factor.blocks, total_cols // factor.blocks
     if local_blocks > 1:
         return factor.tensor[rows.start : rows.stop, 0:col_width]
+    if factor.blocks == 1 and rows.stop <= total_rows and cols.stop <= total_cols:
+        return factor.tensor[rows.start : rows.stop, cols.start : cols.stop]
     local = torch.zeros(len(rows), len(cols), dtype=factor.tensor.dtype)
     for block in range(factor.blocks):
         r0, r1 = max(rows.start, block * row_width), min(rows.stop, (block + 1) * row_width)

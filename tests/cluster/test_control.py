@@ -37,7 +37,16 @@ def front(arrived=None, members=None, **more) -> FrontReport:
 
 def replica(loaded=(), peer=0, disk=0) -> ReplicaReport:
     return ReplicaReport(
-        "127.0.0.1", 1, 2, 0, tuple(loaded), 0, {"peer": peer, "disk": disk}, {"peer": 10 * peer, "disk": 10 * disk}, 0
+        "127.0.0.1",
+        1,
+        2,
+        0,
+        tuple(loaded),
+        (),
+        0,
+        {"peer": peer, "disk": disk},
+        {"peer": 10 * peer, "disk": 10 * disk},
+        0,
     )
 
 

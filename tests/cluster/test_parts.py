@@ -70,15 +70,17 @@ def test_fit_finds_the_costs_that_made_the_rows():
 
 
 def test_default_costs_give_the_measured_times_back():
-    """docs/performance.md: decode in the server, prefill without LoRA."""
-    costs = load_costs("bdlora")
-    for batch, ms in ((1, 3.13), (8, 3.24), (32, 3.58)):
-        assert costs.decode(batch, 0, 0) == pytest.approx(ms, rel=0.01)
-    assert costs.decode(32, 4 * 16, 16) == pytest.approx(4.32, rel=0.01)
-    assert costs.prefill(16384, 0, 0) == pytest.approx(242, rel=0.01)
-    assert costs.prefill(16384, 16384 * 16, 16) == pytest.approx(293, rel=0.01)
-    assert costs.provisional
-    assert "batch 1, 8, 32" in costs.provenance
+    """Ten coefficients for the 30 points of benchmarks.cluster.profile: the typical point is close, one alone may be off."""
+    from benchmarks.cluster.profiled import estimate
+    from benchmarks.record import RESULTS, read_rows
+
+    costs, rows = load_costs("bdlora"), read_rows(RESULTS / "profile-h200-ours.jsonl")
+    for kind, typical, most in (("decode", 0.05, 0.2), ("prefill", 0.1, 0.35)):
+        off = [abs(estimate(costs, row) / row["ms"] - 1) for row in rows if row["kind"] == kind]
+        assert np.median(off) < typical
+        assert max(off) < most
+    assert not costs.provisional
+    assert rows[0]["run"] in costs.provenance
 
 
 def test_operating_points_fall_with_rank_and_with_the_slo():
@@ -267,7 +269,8 @@ def test_configuration_files(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "c.yaml"
-    path.write_text("replicas: {count: 2}\nadapters: {count: 10}\nworkload: {rate: 10, duration_s: 10, warmup_s: 2}\n")
+    settings = "replicas: {count: 2}\nadapters: {count: 10}\nworkload: {rate: 10, duration_s: 10, warmup_s: 2}\n"
+    path.write_text(settings + "costs: padded\n")
     rows = tmp_path / "rows.jsonl"
     assert main(["simulate", "--config", str(path), "--json", "--output", str(rows)]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(rows.read_text())
@@ -279,6 +282,7 @@ def test_command_line(tmp_path, capsys):
     assert "toppings" in out
     assert "provisional" in out
     assert (tmp_path / "p.png").stat().st_size > 10_000
+    path.write_text(settings + "slo: {tpot_ms: 60}\n")
     assert main(["plan", "--config", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gpus"] == 2
     path.write_text("replicas: {count: 2}\nworkload: {rate: 200, duration_s: 10, warmup_s: 2}\n")

@@ -17,7 +17,7 @@ class Cluster:
     """Front and controller in one. Its replica still has an adapter when it is asked for the first time after a change of policy."""
 
     def __init__(self):
-        self.policy, self.asked, self.loaded = "rank-packing", [], []
+        self.policy, self.asked, self.loaded, self.stuck = "rank-packing", [], [], []
         self.use_policy = self
 
     def remote(self, policy: str):
@@ -31,9 +31,9 @@ class Cluster:
         if request.url.path == "/cluster/status":
             loaded = self.loaded.pop(0) if len(self.loaded) > 1 else []
             counts = {"disk": len(self.asked), "peer": 0}
+            replica = {"name": "r0", "loaded": loaded, "loading": self.stuck, "running": 0}
             return httpx.Response(200, json={
-                "policy": self.policy, "replicas": [{"loaded": loaded, "running": 0}], "cold_loads": counts, "bytes_moved": counts,
-                "moves": 0,
+                "policy": self.policy, "replicas": [replica], "cold_loads": counts, "bytes_moved": counts, "moves": 0,
             })  # fmt: skip
         body = json.loads(request.content)
         tokens = body["sampling_params"]["max_new_tokens"]
@@ -43,7 +43,8 @@ class Cluster:
         return httpx.Response(200, text="".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"]))
 
 
-def test_every_policy_gets_the_same_trace_after_every_adapter_was_asked_once(tmp_path, monkeypatch):
+@pytest.fixture
+def cluster(monkeypatch):
     follower = pytest.importorskip("sgl_bdlora.cluster.serving.follower")
     cluster = Cluster()
     monkeypatch.setattr(follower, "controller", lambda: cluster)
@@ -51,18 +52,22 @@ def test_every_policy_gets_the_same_trace_after_every_adapter_was_asked_once(tmp
     monkeypatch.setattr(
         policies, "client", lambda url: httpx.AsyncClient(base_url=url, transport=httpx.MockTransport(cluster))
     )
-    output = tmp_path / "rows.jsonl"
+    return cluster
+
+
+def run(folder, *more: str) -> tuple[list[dict], policies.Run]:
+    output = folder / "rows.jsonl"
     words = f"--device cpu --tiny --seconds 0.4 --rates 20 40 --policies random toppings --output {output}".split()
+    args = policies.arguments([*words, *more])
+    policies.write_files(TINY, policies.TINY_ADAPTERS, folder)
+    settings = policies.settings_of(args, TINY, folder)
+    made = policies.Run(args, from_dict(settings), settings, TINY)
+    asyncio.run(made._points("http://cluster"))
+    return [row for row in read_rows(output) if row["kind"] == "point"], made
 
-    def run(*more: str) -> list[dict]:
-        args = policies.arguments([*words, *more])
-        policies.write_files(TINY, policies.TINY_ADAPTERS, tmp_path)
-        settings = policies.settings_of(args, TINY, tmp_path)
-        made = policies.Run(args, from_dict(settings), settings, TINY)
-        asyncio.run(made._points("http://cluster"))
-        return [row for row in read_rows(output) if row["kind"] == "point"]
 
-    rows = run()
+def test_every_policy_gets_the_same_trace_after_every_adapter_was_asked_once(tmp_path, cluster):
+    rows, _ = run(tmp_path)
     assert [(row["policy"], row["rate"]) for row in rows] == [
         ("random", 20), ("toppings", 20), ("random", 40), ("toppings", 40)
     ]  # fmt: skip
@@ -72,4 +77,22 @@ def test_every_policy_gets_the_same_trace_after_every_adapter_was_asked_once(tmp
     assert {adapter for adapter, _ in by_policy["random"][: len(names)]} == names
     assert by_policy["random"] == by_policy["toppings"]
     assert rows[0]["cold_loads"]["disk"] == rows[0]["sent"] + len(names)
-    assert len(run("--resume")) == len(rows)
+    assert len(run(tmp_path, "--resume")[0]) == len(rows)
+
+
+def test_a_cluster_that_does_not_come_to_rest_costs_its_points_and_not_the_run(tmp_path, cluster, monkeypatch, capsys):
+    monkeypatch.setattr(policies, "CLEAR_S", 0.0)
+    cluster.stuck = ["r64-0"]
+    rows, made = run(tmp_path)
+    assert not rows
+    assert made.failed
+    said = capsys.readouterr().out
+    assert said.count("left out, not at rest") == 4
+    assert "is loading ['r64-0']" in said
+
+
+def test_no_point_is_begun_after_the_time_is_over(tmp_path, cluster, capsys):
+    rows, made = run(tmp_path, "--within", "0")
+    assert not rows
+    assert not made.failed
+    assert capsys.readouterr().out.count("--resume goes on") == 4

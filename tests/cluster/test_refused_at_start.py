@@ -1,5 +1,6 @@
 """What a cluster refuses before it starts anything, or answers instead of hanging; and adapters as bodies."""
 
+import asyncio
 import json
 import os
 import socket
@@ -7,16 +8,19 @@ import subprocess
 import sys
 import time
 
+import httpx
+import numpy as np
 import pytest
 
+from sgl_bdlora.adapters import AdapterError, read_adapter
 from sgl_bdlora.cluster.base import PlacementError
 from sgl_bdlora.cluster.config import ConfigError, from_dict
-from sgl_bdlora.cluster.serving.catalog import describe, parse_body, read_body, read_catalog
+from sgl_bdlora.cluster.serving.catalog import describe, read_body, read_catalog, write_body
 
 pytest.importorskip("ray", reason="needs the extra: pip install 'sgl-bdlora[cluster]'")
 
 from sgl_bdlora.cluster.serving.launch import KEY_ENV, check, check_address, check_resources
-from sgl_bdlora.cluster.serving.server import environment, server_arguments
+from sgl_bdlora.cluster.serving.server import ServerProcess, environment, server_arguments
 
 
 @pytest.fixture(scope="module")
@@ -54,31 +58,79 @@ def test_a_catalog_knows_ranks_and_bytes(zoo, copied):
     assert plain.adapter.size == pytest.approx(stored, rel=0.05)
 
 
-def test_bodies_come_back_as_they_went(copied):
+def test_bodies_come_back_as_they_went(copied, tmp_path):
     import torch
     from safetensors.torch import load_file
 
     for name in ("plain-r32", "bd4-r16"):
-        tensors, said = parse_body(read_body(name, str(copied)))
-        stored = load_file(copied / name / "adapter_model.safetensors")
-        assert set(tensors) == set(stored)
-        assert all(torch.equal(tensors[key], stored[key]) for key in stored)
-        assert said == json.loads((copied / name / "adapter_config.json").read_text())
+        (tmp_path / name).mkdir()
+        write_body(read_body(name, str(copied)), tmp_path / name)
+        back, stored = (load_file(root / name / "adapter_model.safetensors") for root in (tmp_path, copied))
+        assert set(back) == set(stored)
+        assert all(torch.equal(back[key], stored[key]) for key in stored)
+        said, there = (json.loads((root / name / "adapter_config.json").read_text()) for root in (tmp_path, copied))
+        assert said == there
+        assert {file.stat().st_mode & 0o777 for file in (tmp_path / name).iterdir()} == {0o600}
+        assert read_adapter(tmp_path / name).rank == read_adapter(copied / name).rank
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"x" * 100, b"\x80\x04K\x01.", (2**62).to_bytes(8, "little"), b"\x02" + bytes(7) + b"{}"]
+    "body",
+    [
+        b"",
+        b"x" * 100,
+        b"\x80\x04K\x01.",
+        (2**62).to_bytes(8, "little"),
+        b"\x02" + bytes(7) + b"{}",
+        bytes(8),
+        b"\x0a" + bytes(7) + b"[" * 10,
+    ],
 )
-def test_what_is_no_body_is_refused(body):
+def test_what_is_no_body_is_refused(body, tmp_path):
     with pytest.raises(ValueError, match="not a safetensors body"):
-        parse_body(body)
+        write_body(np.frombuffer(body, np.uint8), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
-def test_bodies_of_truncated_tensors_are_refused(copied):
+def test_bodies_of_truncated_tensors_are_refused_by_the_reader(copied, tmp_path):
     body = read_body("bd4-r16", str(copied))
-    for cut in (len(body) - 1, len(body) // 2, 20):
-        with pytest.raises(ValueError, match="not a safetensors body"):
-            parse_body(body[:cut])
+    for i, cut in enumerate((len(body) - 1, len(body) // 2)):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        write_body(body[:cut], folder)
+        with pytest.raises(AdapterError, match="not a complete safetensors file"):
+            read_adapter(folder)
+
+
+@pytest.mark.parametrize("fault", [None, "refused", "gone", "damaged"])
+def test_a_body_is_in_a_file_only_while_it_is_loaded(copied, tmp_path, fault):
+    seen = []
+
+    def server(request: httpx.Request) -> httpx.Response:
+        asked = json.loads(request.content)
+        assert request.url.path == "/load_lora_adapter"
+        seen.append((asked["lora_name"], read_adapter(asked["lora_path"]).rank))
+        if fault == "gone":
+            raise httpx.ConnectError("gone")
+        return httpx.Response(400 if fault else 200, json={"error_message": "too large"})
+
+    process = object.__new__(ServerProcess)
+    process._adapters = tmp_path
+    process.http = httpx.AsyncClient(base_url="http://server", transport=httpx.MockTransport(server))
+    body = read_body("bd4-r16", str(copied))
+    load = process.load_body("bd4-r16", body[:9] if fault == "damaged" else body)
+    if fault == "gone":
+        with pytest.raises(httpx.ConnectError):
+            asyncio.run(load)
+    else:
+        words = asyncio.run(load)
+        assert {
+            None: words is None,
+            "refused": words == "too large",
+            "damaged": "not a safetensors body" in str(words),
+        }[fault]
+    assert seen == ([] if fault == "damaged" else [("bd4-r16", 16)])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("serve", "sections", "error", "words"), [

@@ -173,7 +173,7 @@ def test_an_adapter_always_in_use_does_not_starve_another():
 
 def test_a_dead_replica_loses_only_what_had_begun_to_answer():
     c = config(
-        replicas={"count": 3}, workload={"rate": 40.0, "duration_s": 40.0}, failures=[{"replica": 1, "at_s": 20.0}]
+        replicas={"count": 3}, workload={"rate": 24.0, "duration_s": 40.0}, failures=[{"replica": 1, "at_s": 20.0}]
     )
     result = simulate(c)
     begun = (result.first >= 0) & ~result.finished
@@ -217,5 +217,8 @@ def test_a_row_is_flat_json_without_infinity():
     result = simulate(config(replicas={"count": 1}, workload={"rate": 200.0, "duration_s": 21.0, "warmup_s": 20.0}))
     row = row_of(result)
     assert row["ttft_p99_ms"] is None or row["ttft_p99_ms"] < float("inf")
-    assert row["provisional"] is True
+    assert row["provisional"] is False
+    assert (
+        row_of(simulate(config(costs="padded", workload={"duration_s": 21.0, "warmup_s": 20.0})))["provisional"] is True
+    )
     assert row["arrived"] == row["finished"] + row["shed"] + row["failed"] + row["unfinished"]

@@ -7,6 +7,7 @@ import torch
 
 from sgl_bdlora.adapters import AdapterError, adapter_from_tensors, dense_form
 from sgl_bdlora.sharding import HostLayer, HostModel, HostSlice, Span, layer_views, layout_for, shard_adapter
+from sgl_bdlora.sharding import shard as shard_module
 
 HEAD, HIDDEN, INNER = 8, 96, 192
 RANK = 24
@@ -226,3 +227,15 @@ def test_weights_that_are_not_finite_are_refused():
     module.b.tensor.source[0, 0] = float("nan")
     with pytest.raises(AdapterError, match=r"(?s)sample.*down_proj\.lora_B.*NaN"):
         shard_adapter(sample, host(2, 0, 24), torch.float32)
+
+
+@pytest.mark.parametrize("nblocks", [1, 4])
+def test_threads_change_nothing(monkeypatch, nblocks):
+    sample = adapter(nblocks, 24)
+    alone = shard_adapter(sample, host(2, 1, 24), torch.bfloat16)
+    monkeypatch.setattr(shard_module, "THREADED_BYTES", 0)
+    assert torch.equal(shard_adapter(sample, host(2, 1, 24), torch.bfloat16).weights, alone.weights)
+    name = next(iter(sample.modules))
+    sample.modules[name].a.tensor.source[-1, -1] = float("nan")
+    with pytest.raises(AdapterError, match="NaN or infinite"):
+        shard_adapter(sample, host(2, 1, 24), torch.bfloat16)

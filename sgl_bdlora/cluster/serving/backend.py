@@ -7,19 +7,22 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine
 
 import httpx
+import numpy as np
 import ray
 from ray import serve
 
 from sgl_bdlora.adapters import AdapterError
+from sgl_bdlora.adapters.root import confined
 from sgl_bdlora.cluster.config import ClusterConfig
 from sgl_bdlora.cluster.serving import follower
 from sgl_bdlora.cluster.serving.catalog import read_body
 from sgl_bdlora.cluster.serving.control import ReplicaReport
 from sgl_bdlora.cluster.serving.errors import ReplicaBroken, error_body
+from sgl_bdlora.cluster.serving.holding import Holding
 from sgl_bdlora.cluster.serving.server import ServerProcess
 
 logger = logging.getLogger("ray.serve")
@@ -35,14 +38,9 @@ class Backend:
         context = serve.get_replica_context()
         self._config, self._sizes = config, sizes
         self._name = context.replica_id.unique_id
-        self._budget = int(config.replicas.host_gib * 2**30)
-        # Adapters on the server, least recently used first; loads under way; requests by adapter.
-        self._loaded: OrderedDict[str, int] = OrderedDict()
-        self._loading: dict[str, asyncio.Task] = {}
-        self._used: Counter[str] = Counter()
-        self._making_room = asyncio.Lock()
-        self._references: dict[str, ray.ObjectRef] = {}
-        self._cold, self._bytes, self._unloads, self._running = Counter(), Counter(), 0, 0
+        self._cold, self._bytes, self._running = Counter(), Counter(), 0
+        self._offering = asyncio.Lock()
+        self._tasks: set[asyncio.Task] = set()
         self._stopping = False
         self._server = ServerProcess(config, device, context.rank.local_rank)
         try:
@@ -50,6 +48,8 @@ class Backend:
         except BaseException:
             self._server.stop()
             raise
+        budget = int(config.replicas.host_gib * 2**30)
+        self._holding = Holding(self._load, self._server.unload, sizes, budget)
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._end_with_server, daemon=True).start()
         threading.Thread(target=self._report_for_ever, daemon=True).start()
@@ -76,7 +76,7 @@ class Backend:
 
     def record_routing_stats(self) -> dict:
         """What Serve shows to routers."""
-        return {"loaded": list(self._loaded)}
+        return {"loaded": list(self._holding.loaded)}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve gives to the autoscaling policy (scaling.py)."""
@@ -88,8 +88,9 @@ class Backend:
             try:
                 actor = actor or follower.controller()
                 report = ReplicaReport(
-                    ray.util.get_node_ip_address(), os.getpid(), self._server.pid, self._running, tuple(self._loaded),
-                    sum(self._loaded.values()), dict(self._cold), dict(self._bytes), self._unloads,
+                    ray.util.get_node_ip_address(), os.getpid(), self._server.pid, self._running, tuple(self._holding.loaded),
+                    tuple(self._holding.waiting()), sum(self._holding.loaded.values()), dict(self._cold), dict(self._bytes),
+                    self._holding.unloads,
                 )  # fmt: skip
                 ray.get(actor.replica_says.remote(self._name, report), timeout=30)
             except Exception as error:
@@ -105,22 +106,21 @@ class Backend:
         Raises ReplicaBroken where another replica could answer.
         """
         self._running += 1
-        if adapter is not None:
-            self._used[adapter] += 1
         try:
-            if adapter is not None:
-                refusal = await self._ensure(adapter)
+            if adapter is None:
+                async for piece in self._ask(route, body):
+                    yield piece
+                return
+            async with self._holding.using(adapter) as refusal:
                 if refusal:
                     yield 400, "application/json", error_body(refusal)
                     return
-            async for piece in self._ask(route, body):
-                yield piece
+                async for piece in self._ask(route, body):
+                    yield piece
         except httpx.HTTPError as error:
             raise ReplicaBroken(self._name, f"its server broke off: {error!r}") from None
         finally:
             self._running -= 1
-            if adapter is not None:
-                self._used[adapter] -= 1
 
     async def _ask(self, route: str, body: bytes) -> AsyncIterator[tuple[int, str, bytes] | bytes]:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -134,38 +134,37 @@ class Backend:
                 yield (response.status_code, kind, piece) if first else piece
                 first = False
 
-    async def _ensure(self, adapter: str) -> str | None:
-        """Have an adapter on the server; why it cannot be, if it cannot."""
-        if adapter in self._loaded:
-            self._loaded.move_to_end(adapter)
-            return None
-        if adapter not in self._loading:
-            task = self._loading[adapter] = asyncio.create_task(self._load(adapter))
-            task.add_done_callback(lambda _: self._loading.pop(adapter, None))
-        # A client that leaves must not end the load for the others.
-        return await asyncio.shield(self._loading[adapter])
-
     async def _load(self, adapter: str) -> str | None:
+        """Load it from a peer's host memory, else from disk; why the server refuses it, if it does."""
+        body = await self._from_peer(adapter)
+        if body is not None:
+            try:
+                refusal = await self._server.load_body(adapter, body)
+            except OSError as error:
+                refusal = str(error)
+            if refusal is None:
+                self._count("peer", len(body))
+                return None
+            logger.warning("cluster: adapter %s from a peer: %s; it is read from disk", adapter, refusal)
+        root = self._config.serve.adapter_root
         try:
-            body, source = await self._fetch(adapter)
-        except AdapterError as refusal:
-            return str(refusal)
-        size = self._sizes[adapter]
-        await self._make_room(size)
-        refusal = await self._server.load(adapter, body)
-        if refusal:
-            return refusal
-        self._loaded[adapter] = size
-        self._cold[source] += 1
-        self._bytes[source] += len(body)
-        return None
+            refusal = await self._server.load(adapter, confined(adapter, adapter, root))
+        except AdapterError as error:
+            return str(error)
+        if refusal is None:
+            self._count("disk", self._sizes[adapter])
+            self._start(self._offer(adapter))
+        return refusal
 
-    async def _fetch(self, adapter: str) -> tuple[bytes | memoryview, str]:
-        """The adapter's body and where it came from: a peer's host memory, else disk, and then others can have it from here."""
+    def _count(self, source: str, size: int) -> None:
+        self._cold[source] += 1
+        self._bytes[source] += size
+
+    async def _from_peer(self, adapter: str) -> np.ndarray | None:
         controller = follower.controller()
         for reference in await controller.source.remote(adapter):
             try:
-                return await asyncio.wait_for(asyncio.wrap_future(reference.future()), FETCH_S), "peer"
+                return await asyncio.wait_for(asyncio.wrap_future(reference.future()), FETCH_S)
             except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
                 logger.warning(
                     "cluster: adapter %s cannot be had from a peer (%s), it is read from disk",
@@ -173,36 +172,30 @@ class Backend:
                     type(error).__name__,
                 )
                 await controller.lost.remote(adapter)
-        body = await asyncio.to_thread(read_body, adapter, self._config.serve.adapter_root)
-        reference = self._references[adapter] = ray.put(body)
-        await controller.offer.remote(adapter, self._name, [reference], len(body))
-        return body, "disk"
+        return None
 
-    async def _make_room(self, size: int) -> None:
-        """Unload those that have not been asked for longest and that no request uses, until replicas.host_gib holds one more."""
-        async with self._making_room:
-            while sum(self._loaded.values()) + size > self._budget:
-                free = next((a for a in self._loaded if not self._used[a]), None)
-                if free is None:
+    async def _offer(self, adapter: str) -> None:
+        """Put its body where peers can have it, unless it is there; one at a time, because nobody waits for it."""
+        try:
+            async with self._offering:
+                controller = follower.controller()
+                if await controller.source.remote(adapter):
                     return
-                await self._unload(free)
+                body = await asyncio.to_thread(read_body, adapter, self._config.serve.adapter_root)
+                reference = await asyncio.to_thread(ray.put, body)
+                # The controller's reference keeps it.
+                await controller.offer.remote(adapter, self._name, [reference], len(body))
+        except Exception as error:
+            logger.warning("cluster: adapter %s is not offered to peers: %r", adapter, error)
 
-    async def _unload(self, adapter: str) -> None:
-        del self._loaded[adapter]
-        self._references.pop(adapter, None)
-        self._unloads += 1
-        await self._server.unload(adapter)
+    def _start(self, work: Coroutine) -> None:
+        """Run it beside the rest; the event loop alone would not keep it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _on_forget(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._forget(), self._loop)
-
-    async def _forget(self) -> None:
-        """Unload what no request uses."""
-        async with self._making_room:
-            for adapter in [a for a in self._loaded if not self._used[a]]:
-                # A request may have come while another was unloaded.
-                if adapter in self._loaded and not self._used[adapter]:
-                    await self._unload(adapter)
+        asyncio.run_coroutine_threadsafe(self._holding.forget(), self._loop)
 
     def _on_prefetch(self, placed: dict[str, list[str]]) -> None:
         for adapter in placed.get(self._name, ()):
@@ -210,7 +203,7 @@ class Backend:
 
     async def _prefetch(self, adapter: str) -> None:
         try:
-            refusal = await self._ensure(adapter)
+            refusal = await self._holding.copy_ahead(adapter)
         except Exception as error:
             refusal = repr(error)
         if refusal:

@@ -1,4 +1,4 @@
-"""The adapters of a directory, as the policy sees them, and as one safetensors body that goes through memory and HTTP."""
+"""The adapters of a directory, as the policy sees them, and as one safetensors body that goes from machine to machine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sgl_bdlora.cluster.base import Adapter, PlacementError
 from sgl_bdlora.cluster.config import ClusterConfig, ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
     from sgl_bdlora.adapters import Adapter as StoredAdapter
 
 CONFIG = "adapter_config.json"
@@ -83,29 +83,53 @@ def check_limits(catalog: dict[str, Entry], config: ClusterConfig) -> None:
             )
 
 
-def read_body(name: str, root: str) -> bytes:
-    """An adapter of the root as one safetensors body, its configuration in the metadata. Raises AdapterError."""
-    from safetensors.torch import save
-
+def read_body(name: str, root: str) -> np.ndarray:
+    """An adapter of the root as one safetensors body (1-D, uint8), its configuration in the metadata. Raises AdapterError and OSError."""
     from sgl_bdlora.adapters.root import confined
+    from sgl_bdlora.adapters.tensor_file import DTYPES
     from sgl_bdlora.adapters.weights import load_json, tensors_in_directory
 
+    words = {dtype: word for word, dtype in DTYPES.items()}
     folder = confined(name, name, root)
-    tensors = {key: stored.read() for key, stored in tensors_in_directory(name, folder).items()}
-    return save(tensors, {CONFIG_KEY: json.dumps(load_json(name, folder / CONFIG))})
+    header: dict = {"__metadata__": {CONFIG_KEY: json.dumps(load_json(name, folder / CONFIG))}}
+    tensors, end = tensors_in_directory(name, folder), 0
+    for key, stored in tensors.items():
+        start, end = end, end + math.prod(stored.shape) * stored.dtype.itemsize
+        header[key] = {"dtype": words[stored.dtype], "shape": stored.shape, "data_offsets": (start, end)}
+    first = json.dumps(header).encode()
+    first += b" " * (-len(first) % 8)
+    body = np.empty(8 + len(first) + end, np.uint8)
+    view = memoryview(body)
+    view[: 8 + len(first)] = len(first).to_bytes(8, "little") + first
+    for key, stored in tensors.items():
+        start, stop = (8 + len(first) + offset for offset in header[key]["data_offsets"])
+        stored.source.file.read_into(view[start:stop], stored.source.offset)
+    for file in {stored.source.file for stored in tensors.values()}:
+        file.check_unchanged()
+    return body
 
 
-def parse_body(body: bytes) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors, configuration) of a body. ValueError for anything else; nothing is unpickled."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+def write_body(body: np.ndarray, folder: Path) -> None:
+    """The adapter's directory again, from a body; only this user can read the files. ValueError for what has no configuration, OSError.
 
+    Tensors are checked by who reads the directory.
+    """
+    from sgl_bdlora.adapters.tensor_file import MAX_HEADER
+    from sgl_bdlora.adapters.weights import WEIGHTS
+
+    data = memoryview(body)
+    length = int.from_bytes(data[:8], "little")
     try:
-        length = int.from_bytes(body[:8], "little")
-        header = json.loads(body[8 : 8 + length])
-        config = json.loads(header["__metadata__"][CONFIG_KEY])
+        if not 0 < length <= min(MAX_HEADER, len(data) - 8):
+            raise ValueError("its header is longer than it")
+        config = json.loads(json.loads(bytes(data[8 : 8 + length]))["__metadata__"][CONFIG_KEY])
         if not isinstance(config, dict):
             raise ValueError("its configuration is no object")
-        return load(body), config
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a safetensors body with an {CONFIG_KEY}: {error}") from None
+    for name, content in ((CONFIG, json.dumps(config).encode()), (WEIGHTS, data)):
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb", buffering=0) as file:
+            done = 0
+            while done < len(content):
+                done += file.write(content[done:])

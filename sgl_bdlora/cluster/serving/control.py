@@ -46,7 +46,8 @@ class FrontReport:
 class ReplicaReport:
     """What a replica says of itself, since it started.
 
-    pid: of its Ray process; server_pid: of its server. cold_loads and bytes_moved: by source, "peer" or "disk".
+    pid: of its Ray process; server_pid: of its server. loading: adapters that are being loaded or wait for their turn.
+    cold_loads and bytes_moved: by source, "peer" or "disk".
     """
 
     node: str
@@ -54,6 +55,7 @@ class ReplicaReport:
     server_pid: int
     running: int
     loaded: tuple[str, ...]
+    loading: tuple[str, ...]
     loaded_bytes: int
     cold_loads: dict[str, int]
     bytes_moved: dict[str, int]
@@ -254,6 +256,7 @@ class Control:
                 "load": float(sum(part * use[a] for a, part in placed.items())), "placed": len(placed),
                 "bins": {str(rank): count for rank, count in sorted(Counter(ranks[a] for a in placed).items())},
                 "running": report.running if report else 0, "loaded": sorted(report.loaded) if report else [],
+                "loading": sorted(report.loading) if report else [],
                 "loaded_bytes": report.loaded_bytes if report else 0,
             })  # fmt: skip
         totals = {key: Counter(self._gone[key]) for key in ("cold_loads", "bytes_moved")}

@@ -16,13 +16,19 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 
 from sgl_bdlora.cluster.config import ClusterConfig
-from sgl_bdlora.cluster.serving.child import ROUTE
+from sgl_bdlora.cluster.serving.catalog import write_body
+from sgl_bdlora.cluster.serving.child import FOLDER_ENV
 
 # /health generates a token and waits for it in steps of a second.
 HEALTH_S = 30.0
 SHOWN_LINES = 30
+# A load waits for those before it.
+LOAD_S = 300.0
+# What has to be free in shared memory for adapters from peers to go there, and not to a disk.
+SHARED, SHARED_BYTES = Path("/dev/shm"), 2**32
 
 
 class ServerFailed(RuntimeError):
@@ -38,6 +44,7 @@ class ServerProcess:
     def __init__(self, config: ClusterConfig, device: str, number: int):
         self._folder = Path(tempfile.mkdtemp(prefix="bdlora-replica-"))
         self._log = self._folder / "server.log"
+        self._adapters = Path(tempfile.mkdtemp(prefix="bdlora-replica-", dir=shared_memory()))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -54,9 +61,10 @@ class ServerProcess:
             self._secret,
             *server_arguments(config, port),
         ]
+        added = {**environment(config, device, number), FOLDER_ENV: str(self._adapters)}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, env={**os.environ, **environment(config, device, number)}, stdin=subprocess.PIPE, stdout=log,
+                command, env={**os.environ, **added}, stdin=subprocess.PIPE, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
@@ -104,13 +112,25 @@ class ServerProcess:
             return f"the server does not answer: {error!r}"
         return None if status == 200 else f"the server says that it is not well (HTTP {status})"
 
-    async def load(self, name: str, body: bytes | memoryview) -> str | None:
-        """Load an adapter (catalog.py's body); why it was refused, if it was."""
-        response = await self.http.post(ROUTE, params={"name": name}, content=bytes(body), timeout=300)
+    async def load(self, name: str, folder: str | Path) -> str | None:
+        """Load the adapter in a directory of this machine; why it was refused, if it was."""
+        body = {"lora_name": name, "lora_path": str(folder)}
+        response = await self.http.post("/load_lora_adapter", json=body, timeout=LOAD_S)
         return None if response.status_code == 200 else _words(response)
 
+    async def load_body(self, name: str, body: np.ndarray) -> str | None:
+        """Load an adapter from its body (catalog.py), which is in a file for as long as that takes. Raises OSError without room for it."""
+        folder = Path(tempfile.mkdtemp(dir=self._adapters))
+        try:
+            await asyncio.to_thread(write_body, body, folder)
+            return await self.load(name, folder)
+        except ValueError as error:
+            return f"adapter {name!r}: {error}"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     async def unload(self, name: str) -> None:
-        await self.http.post("/unload_lora_adapter", json={"lora_name": name}, timeout=300)
+        await self.http.post("/unload_lora_adapter", json={"lora_name": name}, timeout=LOAD_S)
 
     def stop(self) -> None:
         """End it and what it started, and forget its log. The closed pipe ends it where nobody calls this."""
@@ -120,7 +140,8 @@ class ServerProcess:
                 os.killpg(self._process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(patience)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in (self._folder, self._adapters):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def tail(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines()
@@ -136,6 +157,13 @@ def server_arguments(config: ClusterConfig, port: int) -> list[str]:
         "--max-running-requests", str(replicas.max_running), "--max-loras-per-batch", str(replicas.max_running),
         "--lora-pool-gb", f"{replicas.pool_gib / replicas.gpus:g}", *config.serve.arguments,
     ]  # fmt: skip
+
+
+def shared_memory() -> Path | None:
+    """Where files stay in memory; None where there is no such place, or a small one as in containers."""
+    if SHARED.is_dir() and os.access(SHARED, os.W_OK) and shutil.disk_usage(SHARED).free >= SHARED_BYTES:
+        return SHARED
+    return None
 
 
 def base_name(config: ClusterConfig) -> str:
