@@ -4,7 +4,8 @@ Swept on one H200, 2026-11-22, the four layers of Llama-3.1-8B at TP 2, 1 to 64 
 for all of them: the launch should be one wave. A tile takes most of a multiprocessor's shared memory, because the weights' stream needs
 that much in flight, and the programs that compute h run on multiprocessors that have no tile. A launch of a few blocks more than there are
 multiprocessors costs up to twice the time. So tiles are as narrow as leaves room for those programs. What is chosen for other layers and
-sizes follows from that and was not swept, nor were layers that are too wide for one wave (8B at TP 1, 70B at TP 2: gate and up).
+sizes follows from that and was not swept, nor were narrow tiles for few rank rows but in o_proj at 32 rows, nor layers that are too wide
+for one wave (8B at TP 1, 70B at TP 2: gate and up).
 """
 
 from collections.abc import Sequence
