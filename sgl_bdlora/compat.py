@@ -212,6 +212,24 @@ NAMES: dict[str, tuple[str, ...] | None] = {
         "self",
         "forward_batch",
     ),
+    "sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner.capture_one_shape": (
+        "self",
+        "size",
+        "prefix_num_chunks",
+    ),
+    "sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner.can_run_graph": (
+        "self",
+        "forward_batch",
+    ),
+    "sglang.srt.model_executor.runner.shape_key.ShapeKey.variant_label": None,
+    "sglang.srt.model_executor.runner_backend.breakable_cuda_graph_backend.BreakableCudaGraphBackend.capture_one": (
+        "self",
+        "shape_key",
+    ),
+    "sglang.srt.model_executor.runner_backend.breakable_cuda_graph_backend.BreakableCudaGraphBackend.replay": (
+        "self",
+        "shape_key",
+    ),
     "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.__init__": ("self", "base_url"),
     "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint._add_images": ("self", "s", "data"),
     "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint._generate_http_request": ("self", "s", "data"),

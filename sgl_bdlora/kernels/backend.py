@@ -65,7 +65,7 @@ class BDLoRABackend(BaseLoRABackend):
     def init_prefill_cuda_graph_batch_info(self, max_num_tokens: int) -> None:
         """The same before prefill graphs are captured."""
         if self._ops is not None:
-            self._prefill_ops = self._ops.reserve(max_num_tokens, combines=False)
+            self._prefill_ops = self._ops.reserve(max_num_tokens, self._combines, self._max_rank, shared=True)
             self.prefill_cuda_graph_max_bs = self.prefill_cuda_graph_max_tokens = max_num_tokens
 
     def further_graphs(self, rows: int) -> tuple[str, ...]:
@@ -76,14 +76,19 @@ class BDLoRABackend(BaseLoRABackend):
         }
         return tuple(kind for kind, needed in kinds.items() if needed)
 
+    @property
+    def prefill_graphs(self) -> tuple[str, ...]:
+        """Kinds of prefill graphs with adapters that are captured beside the base model's."""
+        return (graphs.LORA, *((graphs.COLLECTIVES,) if self._combines else ()))
+
     def prepare(self, shard: AdapterShard) -> None:
         """Work out, when an adapter is loaded, what its first batch would have to wait for."""
         if self._ops is not None:
             self._ops.rows(shard)
 
     def prefills_from_graph(self, adapters: Sequence[Resident | None]) -> bool:
-        """Whether a captured prefill graph computes a batch of these adapters: all pieces local."""
-        return self._prefill_ops is not None and self._prefill_ops.local_only(distinct_adapters(adapters))
+        """Whether captured prefill graphs compute a batch of these adapters."""
+        return self._prefill_ops is not None and self._prefill_ops.captures(distinct_adapters(adapters))
 
     @property
     def replayable(self) -> bool:
@@ -92,10 +97,17 @@ class BDLoRABackend(BaseLoRABackend):
 
     @property
     def decode_graph(self) -> str:
-        """Which of the graphs with adapters computes it best."""
+        """Which of the decode graphs with adapters computes it best."""
         if self._current is not None and self._current.combines:
             return graphs.COLLECTIVES
         return graphs.MANY_ROWS if self._current is not None and self._current.many_rows else graphs.LORA
+
+    @property
+    def prefill_graph(self) -> str | None:
+        """Which of the prefill graphs computes it; None for the base model's."""
+        if self._current is None:
+            return None
+        return graphs.COLLECTIVES if self._current.combines else graphs.LORA
 
     def set_batch(
         self,
@@ -113,7 +125,7 @@ class BDLoRABackend(BaseLoRABackend):
         captured = get_capture_lora_variant()
         capturing = captured in (graphs.LORA, graphs.MANY_ROWS, graphs.COLLECTIVES)
         distinct = distinct_adapters(adapters)
-        if not (distinct or capturing or prefill_graph):
+        if not (distinct or capturing):
             return
         ops = self._prefill_ops if prefill_graph else self._ops
         if ops is not None and ops.takes(distinct):
@@ -124,7 +136,7 @@ class BDLoRABackend(BaseLoRABackend):
                 np.repeat(owners, lengths),
                 static=capturing or prefill_graph,
                 combining=captured == graphs.COLLECTIVES,
-                many_rows=captured != graphs.LORA,
+                many_rows=prefill_graph or captured != graphs.LORA,
             )
             self._current = ops
             return

@@ -1,9 +1,9 @@
 """LoRA in linear layers with Triton kernels: the current batch on the device, where CUDA graphs can replay it, and the launches.
 
-    rows <= FUSED_TOKENS, local adapters   the layer, shrink and expand in one launch (fused.py)
-    more rows, not in a graph              shrink and expand (separate.py), to which the layer is added
-    in a graph, or a quantised layer       the layer, then shrink and expand are added
-    combined pieces (S-LoRA)               the layer, then shrink, an all-reduce of h over the ranks, and expand
+    rows <= FUSED_TOKENS        the layer, shrink and expand in one launch (fused.py)
+    more rows                   shrink and expand (separate.py), to which the layer is added
+    a quantised layer           the layer, to which shrink and expand are added
+    combined pieces (S-LoRA)    beside these: shrink, an all-reduce of h over the ranks, and expand
 
 The all-reduce stands for both of S-LoRA's collectives: where the paper gathers, the ranks write disjoint columns of a zeroed h. SGLang's
 one-shot all-reduce of so few bytes is faster than NCCL's all-gather, and can be captured.
@@ -148,10 +148,11 @@ class TritonOps:
         self._many_rows = False
         self._width = self._combined_width = 0
 
-    def reserve(self, max_tokens: int, combines: bool, max_rank: int = 0) -> "TritonOps":
+    def reserve(self, max_tokens: int, combines: bool, max_rank: int = 0, shared: bool = False) -> "TritonOps":
         """The same with what graphs of max_tokens rows need.
 
         combines: also those whose adapters are put together over the ranks. max_rank: of such adapters that may be loaded later.
+        shared: all layers share one h of theirs and each clears it first, where every layer of its own would take too much memory.
         """
         collectives = self._collectives if combines else None
         other = TritonOps(self._arena, self._hosts, self._max_adapters, collectives, max_tokens)
@@ -163,7 +164,7 @@ class TritonOps:
         if other._collectives is not None:
             widths = [r.combined_width for r in self._rows.values() if r]
             columns = _padded(max([COMBINED_COLUMNS, SLICES * max_rank, *widths]), COMBINED_COLUMNS)
-            other._static_combined = arena.new_zeros(len(self.index), tokens, columns)
+            other._static_combined = arena.new_zeros(1 if shared else len(self.index), tokens, columns)
         return other
 
     def rows(self, shard: AdapterShard) -> AdapterRows | None:
@@ -182,12 +183,17 @@ class TritonOps:
             return False
         return max(most_rows([r.local for r in rows]), most_rows([r.expand for r in rows])) <= LIMIT
 
-    def local_only(self, adapters: Sequence[Resident]) -> bool:
-        """Whether a graph without collectives can compute a batch of these adapters."""
+    def captures(self, adapters: Sequence[Resident]) -> bool:
+        """Whether graphs can compute a batch of these adapters that is not too large for them."""
         if not self.takes(adapters):
             return False
         rows = [self.rows(adapter.shard) for adapter in adapters]
-        return all(r.combined_width == 0 and r.width <= COLUMNS for r in rows)
+        return all(r.width <= COLUMNS and r.combined_width <= self._combined_columns for r in rows)
+
+    @property
+    def _combined_columns(self) -> int:
+        """Columns of h, of pieces that are put together over the ranks, that graphs have room for."""
+        return 0 if self._static_combined is None else self._static_combined.shape[-1]
 
     @property
     def combines(self) -> bool:
@@ -209,11 +215,10 @@ class TritonOps:
     @property
     def replayable(self) -> bool:
         """Whether the current batch fits what graphs were captured with."""
-        if self._combining and (
-            self._static_combined is None or self._combined_width > self._static_combined.shape[-1]
-        ):
+        if self._combining and self._static_combined is None:
             return False
-        return self._width <= COLUMNS and len(self._last_owners) <= self.max_tokens
+        fits = self._width <= COLUMNS and self._combined_width <= self._combined_columns
+        return fits and len(self._last_owners) <= self.max_tokens
 
     def set_batch(
         self,
@@ -267,12 +272,18 @@ class TritonOps:
         plan = self.plans[path]
         return (
             plan is not None
-            # A prefill graph replays base-only batches too, which would pay for zeros written and added.
-            and (len(x_TK) <= FUSED_TOKENS if self._static else self._local.used > 0)
+            and (self._has_local or (len(x_TK) > FUSED_TOKENS and self._has_combined(plan)))
             and weight_NK.shape == (plan.outputs, plan.inputs)
             and weight_NK.dtype == x_TK.dtype
             and weight_NK.is_contiguous()
         )
+
+    @property
+    def _has_local(self) -> bool:
+        return self._static or self._local.used > 0
+
+    def _has_combined(self, plan: Plan) -> bool:
+        return self._combining and plan.combines
 
     def linear(self, x_TK: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None, path: str) -> torch.Tensor:
         """x W^T + bias with the batch's updates added."""
@@ -281,12 +292,14 @@ class TritonOps:
         y_TN = x_TK.new_empty(len(x_TK), plan.outputs)
         if len(x_TK) <= FUSED_TOKENS:
             self._fused(y_TN, x_TK, w_NK, bias_N, plan, layer)
-        else:
+            if self._has_combined(plan):
+                self._expand_combined(y_TN, x_TK, plan, layer)
+            return y_TN
+        if self._has_local:
             self._expand(y_TN, self._local_h(x_TK, plan, layer), self._local, plan, layer, bias_N, add=False)
-            y_TN.addmm_(x_TK, w_NK.T)
-        if self._combining and plan.combines:
-            self._add_combined(y_TN, x_TK, plan, layer)
-        return y_TN
+        if self._has_combined(plan):
+            self._expand_combined(y_TN, x_TK, plan, layer, bias_N, add=self._has_local)
+        return y_TN.addmm_(x_TK, w_NK.T)
 
     def _fused(
         self,
@@ -344,10 +357,10 @@ class TritonOps:
         if plan is None:
             return
         x_TK, layer = x_TK.contiguous(), self.index.number[path]
-        if self._static or self._local.used:
+        if self._has_local:
             self._expand(y_TN, self._local_h(x_TK, plan, layer), self._local, plan, layer)
-        if self._combining and plan.combines:
-            self._add_combined(y_TN, x_TK, plan, layer)
+        if self._has_combined(plan):
+            self._expand_combined(y_TN, x_TK, plan, layer)
 
     def _local_h(self, x_TK: torch.Tensor, plan: Plan, layer: int) -> torch.Tensor:
         """h of the local pieces: (splits, tokens, columns) float32."""
@@ -360,16 +373,27 @@ class TritonOps:
         self._shrink(h, x_TK, self._local, plan, layer)
         return h
 
-    def _add_combined(self, y_TN: torch.Tensor, x_TK: torch.Tensor, plan: Plan, layer: int) -> None:
+    def _expand_combined(
+        self,
+        y_TN: torch.Tensor,
+        x_TK: torch.Tensor,
+        plan: Plan,
+        layer: int,
+        bias_N: torch.Tensor | None = None,
+        add: bool = True,
+    ) -> None:
+        """_expand of the pieces that are put together over the ranks. Columns of h that other ranks write have to be zero here."""
+        shared = self._static and len(self._static_combined) == 1
         if self._static:
-            h = self._static_combined[layer, : len(x_TK)]
+            h = self._static_combined[0 if shared else layer, : len(x_TK)]
         else:
             h = x_TK.new_zeros(len(x_TK), _padded(self._combined_width, 8))
+        if shared:
+            h.zero_()
         self._shrink(h[None], x_TK, self._shrinks, plan, layer)
         combined = self._collectives.all_reduce(h)
-        self._expand(y_TN, combined[None], self._expands, plan, layer)
-        if self._static and combined.data_ptr() == h.data_ptr():
-            # Reduced in place: the other ranks' columns have to be zero again.
+        self._expand(y_TN, combined[None], self._expands, plan, layer, bias_N, add)
+        if self._static and not shared and combined.data_ptr() == h.data_ptr():
             h.zero_()
 
     def _shrink(self, h: torch.Tensor, x_TK: torch.Tensor, table: Table, plan: Plan, layer: int) -> None:

@@ -113,15 +113,20 @@ def test_adapters_that_are_no_rank_rows_run_without_graphs(served):
     assert backend.replayable
 
 
-def test_a_prefill_graph_is_recorded_without_adapters_and_replayed_with_them(served, device):
+def test_a_prefill_graph_is_recorded_without_adapters_and_replayed_with_them(served, device, monkeypatch):
     backend, pool, method, layer = served
     backend.init_prefill_cuda_graph_batch_info(128)
+    assert backend.prefill_graphs == ("lora",)
     x = torch.randn(80, K, generator=torch.Generator().manual_seed(5)).to(layer.weight)
-    for names in ([None] * 3, ["plain", None, "large"]):
+    for captured, names in (("nolora", [None] * 3), ("lora", [None] * 3), (None, ["plain", None, "large"])):
+        monkeypatch.setattr("sgl_bdlora.kernels.backend.get_capture_lora_variant", lambda v=captured: v)
         adapters = [None if name is None else pool.get(name) for name in names]
         assert backend.prefills_from_graph(adapters)
         wanted = torch_path(served, names, [10, 30, 40], x)
         backend.set_batch(adapters, [10, 30, 40], [1] * 3, prefill_graph=True)
+        # Base-only prompts have a graph without our kernels.
+        assert backend.prefill_graph == (None if captured == "nolora" else "lora")
+        assert backend.fuses(PATHS[0], x, layer.weight) == (captured != "nolora")
         got = method.apply(layer, x)
         assert (got - wanted).float().abs().max() / wanted.float().abs().max() < (
             ERROR if device.type == "cpu" else 2**-6

@@ -1,4 +1,4 @@
-"""Which decode graphs are captured, and under which of them a batch is replayed."""
+"""Which graphs are captured, and under which of them a batch is replayed."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,16 @@ class BackEnd:
     """Needs a graph for many rank rows from 17 rows on; `decode_graph` is what the batch at hand wants."""
 
     decode_graph = graphs.MANY_ROWS
+    prefill_graphs = (graphs.LORA, graphs.COLLECTIVES)
     replayable = True
+
+    @property
+    def prefill_graph(self) -> str | None:
+        """As though the batch had been prepared while this kind was captured."""
+        from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_lora_variant
+
+        kind = get_capture_lora_variant()
+        return kind if kind in self.prefill_graphs else None
 
     def further_graphs(self, rows: int) -> tuple[str, ...]:
         return (graphs.MANY_ROWS, graphs.COLLECTIVES) if rows > 16 else (graphs.COLLECTIVES,)
@@ -70,6 +79,61 @@ def test_a_batch_is_replayed_under_a_label_that_its_size_has(size, width, ragged
     assert graphs._around_make_graph_key(lambda _, *key: key, of, size, None, wanted) == (size, None, label)
     assert graphs._around_make_graph_key(lambda _, *key: key, of, size, None, "nolora") == (size, None, "nolora")
     assert graphs._around_resolve_lora_variant(lambda *_: "nolora", of, None) == "nolora"
+
+
+@pytest.fixture
+def segmented():
+    """SGLang's segmented graphs, kept in memory only; after decode graphs, which leave their last variant behind."""
+    cpu.prepare_environment()
+    from sglang.srt.model_executor.runner_backend.breakable_cuda_graph_backend import BreakableCudaGraphBackend
+    from sglang.srt.model_executor.runner_utils import capture_mode
+
+    def make(backend: str = config.BACKEND):
+        kept = BreakableCudaGraphBackend.__new__(BreakableCudaGraphBackend)
+        kept._model_runner = runner(backend).model_runner
+        return SimpleNamespace(model_runner=kept._model_runner, backend=kept)
+
+    capture_mode._set_capture_lora_variant("nolora")
+    yield make
+    capture_mode._set_capture_lora_variant(None)
+
+
+def prefill_keys(of) -> list:
+    """Keys that one size is captured under."""
+    from sglang.srt.model_executor.runner.shape_key import ShapeKey
+
+    seen = []
+
+    def capture_one_shape(runner, size, *, prefix_num_chunks=0):
+        graphs._around_segmented(lambda _, key: seen.append(key), runner.backend, ShapeKey(size=size))
+
+    graphs._around_prefill_capture_one_shape(capture_one_shape, of, 32)
+    return [key.variant_label for key in seen]
+
+
+def test_prefill_graphs_are_captured_for_the_base_and_for_every_kind(segmented):
+    assert prefill_keys(segmented()) == [None, graphs.LORA, graphs.COLLECTIVES]
+    assert prefill_keys(segmented("csgmv")) == [None]
+
+
+def test_decode_graphs_that_are_segmented_keep_their_label(segmented):
+    from sglang.srt.model_executor.runner.shape_key import ShapeKey
+
+    key = ShapeKey(size=4, variant_label=graphs.MANY_ROWS)
+    with graphs._capturing(graphs.LORA):
+        assert graphs._around_segmented(lambda _, key: key, segmented().backend, key) == key
+
+
+def test_prompts_with_adapters_run_without_graphs_that_are_not_segmented(segmented):
+    of = segmented()
+    other = SimpleNamespace(model_runner=of.model_runner, backend=None)
+
+    def asked(runner) -> bool:
+        return graphs._around_prefill_can_run_graph(lambda *_: True, runner, None)
+
+    with graphs._capturing(graphs.LORA):
+        assert (asked(of), asked(other)) == (True, False)
+    assert (asked(of), asked(other)) == (True, True)
 
 
 @pytest.mark.parametrize("block_t", [32, 64])
