@@ -7,7 +7,8 @@
 
 Each point is a batch of equal requests sent at once, repeated; a decode step is the time of the whole batch less that of its first
 tokens, by the tokens between. The server without LoRA runs first and last; the difference is the machine's drift. With --resume it
-does so in every run, and ratios are to the rows of the same run; other points that the file has are not measured again.
+does so in every run, and ratios are to the rows of the same run; other points that the file has are not measured again. With
+--together all servers start at once and stay up while one after another is measured: much of a short run is waiting for starts.
 Rows are appended to benchmarks/results/ as soon as a point is measured; plots are drawn at the end.
 """
 
@@ -18,7 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +44,7 @@ from benchmarks.process import ServerProcess, StartFailed, free_port
 from benchmarks.record import RESULTS, Rows, gpu_name, read_rows
 
 from . import plot
-from .arms import ARMS, BASE_ONLY, SERVERS, Setup, command
+from .arms import AGAIN, ARMS, BASE_ONLY, SERVERS, Setup, command
 from .mixes import Adapter, Mix, adapters_of, mix
 from .timing import decode_s, random_ids, time_batches
 
@@ -99,6 +101,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--files", type=Path, help="where model and adapters are kept for the next run (default: a temporary directory)"
     )
+    add("--together", action="store_true", help="all servers up at once; the GPUs need memory for all of them")
     add("--output", type=Path, help="results file (default: benchmarks/results/latency-<time>.jsonl)")
     add("--resume", action="store_true", help="skip the points that --output has")
     add("--minutes", type=float, help="start no point after so many; exit status 3 if some are left")
@@ -146,6 +149,7 @@ class Latency:
         self.points: list[dict] = []
         self.end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
         self.left = 0
+        self.failed = False
         self.rows = Rows(
             args.output, benchmark="latency", device=args.device, model=shape.name, layers=shape.layers, tp=args.tp,
             repeats=args.repeats, extra_arguments=args.extra_arguments, modules=args.modules,
@@ -167,24 +171,54 @@ class Latency:
             print(f"Writing a random model ({self.shape.name}, {self.shape.layers} layers) ...", flush=True)
             write_model(self.shape, model)
         self.paths = self._write_adapters()
-        failed = False
-        for server, arms in SERVERS.items():
-            todo = [point for arm in arms if arm in args.arms for point in self._todo(server, arm)]
-            if not todo:
-                continue
-            if server != "no-lora again" and time.monotonic() > self.end:
-                self.left += len(todo)
-                continue
-            try:
-                self._run_server(server, todo)
-            except (StartFailed, httpx.HTTPError) as error:
-                failed = True
-                self.rows.write(kind="error", server=server, message=str(error))
-                print(f"{server}: {error}", file=sys.stderr, flush=True)
+        todo = {
+            server: [point for arm in arms if arm in args.arms for point in self._todo(server, arm)]
+            for server, arms in SERVERS.items()
+        }
+        todo = {server: points for server, points in todo.items() if points}
+        if args.together:
+            self._run_together(todo)
+        else:
+            for server, points in todo.items():
+                if self._may_go_on(server):
+                    with self._reporting(server), self._server(server) as running:
+                        self._measure_all(running.url, server, points)
+                else:
+                    self.left += len(points)
         self._summarize()
         if self.left:
             print(f"left: {self.left} points; the same command with --resume goes on")
-        return 1 if failed else 3 if self.left else 0
+        return 1 if self.failed else 3 if self.left else 0
+
+    def _run_together(self, todo: dict[str, list["Point"]]) -> None:
+        """The server without LoRA is asked first and last."""
+        urls = {}
+
+        def start(server: str) -> None:
+            with self._reporting(server):
+                urls[server] = running.enter_context(self._server(server)).url
+
+        with ExitStack() as running:
+            with ThreadPoolExecutor() as starts:
+                list(starts.map(start, [server for server in todo if server != AGAIN]))
+            for server, points in todo.items():
+                url = urls.get("no-lora" if server == AGAIN else server)
+                if url is not None:
+                    with self._reporting(server):
+                        self._measure_all(url, server, points)
+
+    def _may_go_on(self, server: str) -> bool:
+        return server == AGAIN or time.monotonic() <= self.end
+
+    @contextmanager
+    def _reporting(self, server: str):
+        """A server that fails is a row, and the others go on."""
+        try:
+            yield
+        except (StartFailed, httpx.HTTPError) as error:
+            self.failed = True
+            self.rows.write(kind="error", server=server, message=str(error))
+            print(f"{server}: {error}", file=sys.stderr, flush=True)
 
     def _todo(self, server: str, arm: str) -> list["Point"]:
         """The points of an arm that are still to be measured; those without LoRA in every run."""
@@ -196,7 +230,7 @@ class Latency:
             for prompt, output, only in args.lengths
             for batch in ([only] if only else args.batches)
         ]
-        if server.startswith("no-lora"):
+        if arm == "no-lora":
             return points
         have = {
             (row["arm"], row["mix"], row["wanted_ratio"], row["batch"], row["input_len"], row["output_len"])
@@ -241,10 +275,13 @@ class Latency:
             min(most, 16384),
             int(pool),
             self.modules,
+            max((batch or args.largest) * (prompt + output) for prompt, output, batch in args.lengths),
+            args.together,
             tuple(args.extra_arguments.split()),
         )
 
-    def _run_server(self, server: str, todo: list["Point"]) -> None:
+    @contextmanager
+    def _server(self, server: str):
         names = [] if server.startswith("no-lora") else list(self.paths)
         if server in ("stock", "s-lora"):
             names = [name for name in names if name.startswith("plain-")]
@@ -255,11 +292,14 @@ class Latency:
         begin = time.monotonic()
         with ServerProcess(words, environment, f"http://127.0.0.1:{port}", log, self.args.start_timeout) as running:
             print(f"{server}: ready after {time.monotonic() - begin:.0f} s", flush=True)
-            for i, point in enumerate(todo):
-                if server != "no-lora again" and time.monotonic() > self.end:
-                    self.left += len(todo) - i
-                    break
-                self._measure(running.url, server, point)
+            yield running
+
+    def _measure_all(self, url: str, server: str, points: list["Point"]) -> None:
+        for i, point in enumerate(points):
+            if not self._may_go_on(server):
+                self.left += len(points) - i
+                break
+            self._measure(url, server, point)
 
     def _measure(self, url: str, server: str, point: "Point") -> None:
         adapters = [] if point.arm in BASE_ONLY else adapters_of(point.mix, point.ratio)

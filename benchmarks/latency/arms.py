@@ -16,6 +16,7 @@ ARMS = {
     "loaded-base-only": "ours with adapters loaded, requests for the base model only",
 }
 BASE_ONLY = ("no-lora", "stock-base-only", "loaded-base-only")
+AGAIN = "no-lora again"
 # Server -> its arms.
 SERVERS = {
     "no-lora": ("no-lora",),
@@ -23,13 +24,17 @@ SERVERS = {
     "ours": ("replicated", "block-diagonal", "loaded-base-only"),
     "s-lora": ("s-lora",),
     # The first server once more: what the machine's own drift is.
-    "no-lora again": ("no-lora",),
+    AGAIN: ("no-lora",),
 }
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all servers share. pool_bytes: of our servers, per rank. modules: that adapters change. extra: further arguments."""
+    """What all servers share.
+
+    max_tokens: of prompts that are computed at once. pool_bytes: of our servers, per rank. modules: that adapters change. kv_tokens: of the
+    largest batch. together: other servers are on the same GPUs. extra: further arguments.
+    """
 
     model: Path
     dtype: str
@@ -41,6 +46,8 @@ class Setup:
     max_tokens: int
     pool_bytes: int
     modules: tuple[str, ...] = MODULES
+    kv_tokens: int = 0
+    together: bool = False
     extra: tuple[str, ...] = ()
 
 
@@ -58,18 +65,23 @@ def command(server: str, setup: Setup, adapters: dict[str, Path], port: int) -> 
         words += ["--grammar-backend", "none", "--cuda-graph-max-bs-decode", str(setup.max_batch)]
         # Capturing up to 65,536 tokens took three minutes and 9 GB.
         words += ["--cuda-graph-max-bs-prefill", "4096"]
+        if setup.together:
+            # Others take memory while this one measures what there is.
+            words += ["--mem-fraction-static", "0.8", "--max-total-tokens", str(max(32768, setup.kv_tokens + 4096))]
     if adapters or setup.device == "cpu":
         words += ["--max-loras-per-batch", str(setup.max_adapters), "--max-lora-rank", str(setup.max_rank)]
         words += ["--lora-target-modules", *setup.modules]
     if adapters:
         words += ["--lora-paths", *(f"{name}={folder}" for name, folder in adapters.items())]
     words += setup.extra
+    # Memory differs between GPUs while other servers start there.
+    environment = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"} if setup.together else {}
     if server in ("ours", "s-lora"):
         sharding = "s-lora" if server == "s-lora" else "replicated"
         ours = ["--lora-pool-gb", repr(setup.pool_bytes / 2**30), "--lora-sharding", sharding]
-        return [sys.executable, "-m", "sgl_bdlora.launch_server", *words, *ours], {}
+        return [sys.executable, "-m", "sgl_bdlora.launch_server", *words, *ours], environment
     if setup.device == "cpu":
         # Our launcher brings what SGLang needs on a CPU, and leaves its LoRA alone. It always enables LoRA: this only tries the benchmark.
         return [sys.executable, "-m", "sgl_bdlora.launch_server", "--lora-backend", "torch_native", *words], {}
     lora = ["--enable-lora", "--lora-backend", "csgmv"] if adapters else []
-    return [sys.executable, "-m", "sglang.launch_server", *lora, *words], {"SGLANG_PLUGINS": "none"}
+    return [sys.executable, "-m", "sglang.launch_server", *lora, *words], {**environment, "SGLANG_PLUGINS": "none"}
