@@ -3,6 +3,8 @@
 python -m benchmarks.quality prepare --out .cache/quality                # network, no GPU: data as tokens, model in parts
 python -m benchmarks.quality run --data .cache/quality/MODEL --resume    # GPU, no network; --only, --minutes, --quick
 python -m benchmarks.quality report benchmarks/results/quality.jsonl     # tables (Markdown) and a plot
+
+Several processes may `run` into one file, each with units of its own (--only): a row is one write at its end.
 """
 
 import argparse
@@ -80,12 +82,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    from benchmarks.quality.report import draw, tables
+    from benchmarks.quality.report import draw, put_into, tables
 
     rows = []
     for path in args.rows:
         rows += [row for row in read_rows(path) if row not in rows]  # files may begin with the same rows
-    print(tables(rows))
+    try:
+        put_into(args.page, tables(rows)) if args.page else print(tables(rows))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     picture = args.plot or args.rows[0].with_suffix(".png")
     try:
         draw(rows, picture)
@@ -131,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=report)
     show.add_argument("rows", type=Path, nargs="+", help="one or more files that run wrote")
     show.add_argument("--plot", type=Path, help="default: beside the rows")
+    show.add_argument("--page", type=Path, help="put the tables into this page, between its marker lines")
     return parser
 
 

@@ -9,6 +9,7 @@ operations that it starts, so that multiplying zeros too costs less than product
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,10 +42,9 @@ class Bank:
         self._weights, self._clipped = (zeros(device=like.device) for _ in range(2))
         self._copy, self._gradient = (zeros(device=like.device, dtype=like.dtype) for _ in range(2))
         self._mask = zeros(device=like.device, dtype=torch.bool)
-        for path, masks in self._factors(self._mask).items():
-            for index, arm in enumerate(self.arms):
-                for mask, pattern in zip(masks, _patterns(self.layers[path], arm, self._rank), strict=True):
-                    mask[index] = pattern
+        for index in range(len(arms)):
+            for view in itertools.chain(*self._entries(self._mask, index)):
+                view.fill_(True)
         copies, gradients = self._factors(self._copy), self._factors(self._gradient)
         self._forwards = {}
         for path, (a, b) in copies.items():
@@ -63,33 +63,52 @@ class Bank:
         views = [part.unflatten(1, (self._rank, -1)) for part in parts]
         return dict(zip(self.layers, zip(views[::2], views[1::2], strict=True), strict=True))
 
+    def _entries(self, buffer: torch.Tensor, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of what adapter `index` has of a buffer, layer by layer: A (N, rank / N, in / N) and B transposed (N, rank / N, out / N).
+
+        N: blocks of the block-diagonal factor, 1 for the other. A view is written without asking the device where a mask is true.
+        """
+        rank, at = self.arms[index].rank, index * buffer.shape[1]
+        for layer in self.layers.values():
+            views = []
+            for width, n in zip((layer.inputs, layer.outputs), _blocks(layer, self.arms[index]), strict=True):
+                size = n, rank // n, width // n
+                views.append(buffer.as_strided(size, (size[1] * width + size[2], width, 1), at))
+                at += self._rank * width
+            yield views[0], views[1]
+
+    @torch.no_grad()
     def reset(self, seed: int) -> None:
         """Fresh adapters, as PEFT begins them: B zero, A uniform. Optimiser states are cleared."""
         random = torch.Generator().manual_seed(seed)
+        self._weights.zero_()
         for index, arm in enumerate(self.arms):
-            self.put(index, {path: _fresh(layer, arm, random) for path, layer in self.layers.items()})
+            views = [a for a, _ in self._entries(self._weights, index)]
+            drawn = torch.rand(sum(map(torch.numel, views)), generator=random).to(self._weights.device).mul_(2).sub_(1)
+            for layer, a, values in zip(
+                self.layers.values(), views, drawn.split([*map(torch.numel, views)]), strict=True
+            ):
+                torch.mul(values.view(a.shape), _bound(layer, arm), out=a)
+        self._copy.copy_(self._weights)
         self._optimizer = torch.optim.AdamW([{"params": [row]} for row in self._rows], weight_decay=0.0, fused=True)
 
     @torch.no_grad()
     def put(self, index: int, tensors: Tensors) -> None:
-        """Set adapter `index` from lora_A and lora_B by module path, in PEFT's packed shapes: the entries of the mask, row by row."""
-        weights, masks = self._factors(self._weights), self._factors(self._mask)
-        for path, (a, b) in tensors.items():
-            (into_a, into_b), (mask_a, mask_b) = ([f[index] for f in found[path]] for found in (weights, masks))
-            into_a[mask_a] = a.flatten().to(into_a)
-            into_b.T[mask_b.T] = b.flatten().to(into_b)
+        """Set adapter `index` from lora_A and lora_B by module path, in PEFT's packed shapes."""
+        leaves = [leaf for path in self.layers for leaf in tensors[path]]
+        sent = torch.cat([leaf.flatten() for leaf in leaves]).to(self._weights)
+        parts = iter(sent.split([leaf.numel() for leaf in leaves]))
+        for a, b in self._entries(self._weights, index):
+            a.copy_(next(parts).view(a.shape))
+            b.mT.copy_(next(parts).view(b.mT.shape))
         self._copy[index].copy_(self._weights[index])
 
     @torch.no_grad()
     def get(self, index: int) -> Tensors:
         """Adapter `index` on the CPU, in PEFT's packed shapes: the inverse of `put`."""
-        tensors, masks = {}, self._factors(self._mask)
-        for path, (a, b) in self._factors(self._weights).items():
-            mask_a, mask_b = masks[path]
-            packed_a = a[index][mask_a[index]].view(self.arms[index].rank, -1)
-            packed_b = b[index].T[mask_b[index].T].view(self.layers[path].outputs, -1)
-            tensors[path] = (packed_a.cpu(), packed_b.cpu())
-        return tensors
+        views = self._entries(self._weights, index)
+        pairs = [[v.flatten(0, 1).contiguous().to("cpu", copy=True) for v in (a, b.mT)] for a, b in views]
+        return dict(zip(self.layers, map(tuple, pairs), strict=True))
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -143,26 +162,12 @@ class _Adapted(torch.autograd.Function):
         return None, None, None, None, None, None, back.view(*slope.shape[:-1], -1)
 
 
-def _patterns(layer: BaseLayer, arm: Arm, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which entries of A (rank, in) and of B transposed (rank, out) an adapter has; the rows beyond its own rank are not among them."""
-    row = layer.parallelism == "row"
-    return (
-        _blocks(rank, layer.inputs, arm.rank, arm.nblocks if row else 1),
-        _blocks(rank, layer.outputs, arm.rank, 1 if row else arm.nblocks),
-    )
+def _blocks(layer: BaseLayer, arm: Arm) -> tuple[int, int]:
+    """Of A and of B: a row-parallel layer's A is block-diagonal, a column-parallel one's B."""
+    return (arm.nblocks, 1) if layer.parallelism == "row" else (1, arm.nblocks)
 
 
-def _blocks(rank: int, width: int, used: int, blocks: int) -> torch.Tensor:
-    """(rank, width): true in the `blocks` equal blocks along the diagonal of the first `used` rows."""
-    return (torch.arange(rank) // (used // blocks))[:, None] == torch.arange(width) // (width // blocks)
-
-
-def _fresh(layer: BaseLayer, arm: Arm, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """PEFT 0.21's start: B zero, A uniform within 1 / sqrt(in); its block-diagonal A within sqrt(6 N / in), unless init is "lora"."""
-    row, n = layer.parallelism == "row", arm.nblocks
-    inputs = layer.inputs // n if row else layer.inputs
-    bound = math.sqrt((6 if row and n > 1 and arm.init == "peft" else 1) / inputs)
-    if row and arm.init == "lora":
-        bound = math.sqrt(1 / layer.inputs)
-    a = (torch.rand(arm.rank, inputs, generator=random) * 2 - 1) * bound
-    return a, torch.zeros(layer.outputs, arm.rank if row else arm.rank // n)
+def _bound(layer: BaseLayer, arm: Arm) -> float:
+    """PEFT 0.21's start: A uniform within 1 / sqrt(in); its block-diagonal A within sqrt(6 N / in), unless init is "lora"."""
+    n, _ = _blocks(layer, arm)
+    return math.sqrt((6 if n > 1 else 1) / (layer.inputs // n)) if arm.init == "peft" else math.sqrt(1 / layer.inputs)

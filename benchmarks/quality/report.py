@@ -1,9 +1,9 @@
-"""Tables and plots of the rows.  python -m benchmarks.quality report ROWS.jsonl"""
+"""Tables and plots of the rows.  python -m benchmarks.quality report ROWS.jsonl --page docs/quality.md"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality.stats import Interval, interval, over_rows
@@ -11,6 +11,10 @@ from benchmarks.quality.stats import Interval, interval, over_rows
 Key = tuple[str, str]  # arm, variant
 COLOURS = {2: "tab:blue", 4: "tab:orange", 8: "tab:green"}
 MARKERS = {"trained": "o", "converted": "x", "healed": "^"}
+# Lines of a page between which its tables stand.
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+# With two seeds Student's interval is 13 standard errors wide to either side: the plot shows the seeds themselves.
+FEWEST = 3
 
 
 class Results:
@@ -40,32 +44,65 @@ class Results:
         seeds = sorted(set(self._by[key]) & set(plain))
         return [self._by[key][seed] for seed in seeds], [plain[seed] for seed in seeds]
 
-    def difference(self, key: Key, of: Callable[[dict, dict], float]) -> Interval | None:
-        """Over seeds, of `of(row, LoRA's row)`."""
-        ours, theirs = self.paired(key)
-        return interval([of(a, b) for a, b in zip(ours, theirs, strict=True)]) if ours else None
+    def perplexity_changes(self, key: Key) -> list[float]:
+        """In percent of the LoRA's, a seed each."""
+        return [100 * (a["perplexity"] / b["perplexity"] - 1) for a, b in zip(*self.paired(key), strict=True)]
 
-    def perplexity_change(self, key: Key) -> Interval | None:
-        """In percent of the LoRA's."""
-        return self.difference(key, lambda a, b: 100 * (a["perplexity"] / b["perplexity"] - 1))
-
-    def accuracy_change(self, key: Key) -> Interval | None:
-        """In points."""
-        return self.difference(key, lambda a, b: 100 * (a["accuracy"] - b["accuracy"]))
+    def accuracy_changes(self, key: Key) -> list[float]:
+        """In points, a seed each."""
+        return [100 * (a["accuracy"] - b["accuracy"]) for a, b in zip(*self.paired(key), strict=True)]
 
 
 def tables(rows: Sequence[dict]) -> str:
-    """Markdown: a table for each model and task, the sweep, the speed-up."""
-    parts = []
-    for results in all_results(rows):
-        parts.append(_table(results))
-    parts += [part for part in (_sweep(rows), _speed(rows)) if part]
-    return "\n\n".join(parts)
+    """Markdown: all tasks at equal parameters, a table for each model and task, the sweep, the speed-up."""
+    found = all_results(rows)
+    parts = [_summary(found), *map(_table, found), _sweep(rows), _speed(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def put_into(page: Path, text: str) -> None:
+    """Replace what stands between the page's two marker lines. Raises ValueError if it does not have them."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} has no lines {BEGIN} and {END}, between which the tables would go")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 def all_results(rows: Sequence[dict]) -> list[Results]:
     places = dict.fromkeys((row["model"], row["task"]) for row in rows if row["kind"] == "result")
     return [Results(rows, model, task) for model, task in places]
+
+
+def _summary(found: Sequence[Results]) -> str:
+    lines, models = [], {results.model for results in found}
+    for results in found:
+        name = results.task if len(models) == 1 else f"{results.model}, {results.task}"
+        arms = {key[0]: results.first(key) for key in results.keys if results.first(key)["nblocks"] > 1}
+        for arm, first in arms.items():
+            if first["goal"] != 1.0:
+                continue
+            keys = [(arm, variant) if (arm, variant) in results.keys else None for variant in MARKERS]
+            seeds = max(len(results.paired(key)[0]) for key in keys if key)
+            if not seeds:
+                continue
+            error = "-" if keys[1] is None else f"{interval(results.values(keys[1], 'relative_error')).mean:.3f}"
+            perplexity = [_marked(interval(results.perplexity_changes(key))) if key else "-" for key in keys]
+            accuracy = [_marked(over_rows(*results.paired(key))) if key else "-" for key in keys]
+            cells = [name, seeds, first["nblocks"], *perplexity, *accuracy, error]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    if not lines:
+        return ""
+    head = [
+        "### At equal parameters",
+        "",
+        "Against the LoRA of the same seeds. Perplexity: %, ± over seeds (none for one seed). Accuracy: points, ± over texts, of these "
+        "seeds. Error: of the converted updates, by their norm. Intervals: 95 %; * excludes 0.",
+        "",
+        "| task | seeds | blocks | perplexity: trained | converted | healed | accuracy: trained | converted | healed | error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *lines])
 
 
 def _table(results: Results) -> str:
@@ -78,7 +115,8 @@ def _table(results: Results) -> str:
         "",
         f"Seeds: {seeds}; {first['steps']} steps of {first['batch']}, {first['rows']:,} test rows. Intervals: 95 %; * excludes 0.",
         "",
-        "| adapter | rank | parameters | perplexity | against LoRA, % | accuracy, % | against LoRA, points | spread over texts |",
+        "| adapter | rank | parameters | perplexity | against LoRA, %, ± over seeds | accuracy, % | points, ± over seeds "
+        "| points, ± over texts |",
         "|---|---|---|---|---|---|---|---|",
     ]
     if results.base:
@@ -94,8 +132,8 @@ def _table(results: Results) -> str:
         ours, theirs = results.paired(key)
         if key != ("lora", "trained") and ours:
             cells = [
-                _marked(results.perplexity_change(key)),
-                _marked(results.accuracy_change(key)),
+                _marked(interval(results.perplexity_changes(key))),
+                _marked(interval(results.accuracy_changes(key))),
                 _marked(over_rows(ours, theirs)),
             ]
         lines.append(
@@ -155,7 +193,7 @@ def _speed(rows: Sequence[dict]) -> str:
 
 
 def draw(rows: Sequence[dict], target: Path) -> None:
-    """Differences to the LoRA against parameters, one column a model and task."""
+    """Differences to the LoRA by goal of parameters, one column a model and task."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,29 +204,44 @@ def draw(rows: Sequence[dict], target: Path) -> None:
         raise ValueError("there is nothing to draw: no block-diagonal adapter was scored beside a LoRA")
     figure, axes = plt.subplots(2, len(found), figsize=(4.6 * len(found) + 2, 7.4), layout="constrained", squeeze=False)
     for column, results in enumerate(found):
-        for row, change in enumerate((results.perplexity_change, results.accuracy_change)):
+        goals = sorted({results.first(key)["goal"] for key in results.keys})
+        for row, values in enumerate((results.perplexity_changes, results.accuracy_changes)):
             panel = axes[row][column]
             panel.axhline(0, color="black", lw=0.8)
             for key in results.keys:
-                first, difference = results.first(key), change(key)
-                if first["nblocks"] == 1 or difference is None:
+                first, each = results.first(key), values(key)
+                if first["nblocks"] == 1 or not each:
                     continue
-                blocks, variant = first["nblocks"], key[1]
+                blocks, variant, colour = first["nblocks"], key[1], COLOURS.get(first["nblocks"], "tab:gray")
                 # Beside each other, so that intervals can be told apart.
-                shift = 0.012 * (math.log2(blocks) - 2) + 0.04 * list(MARKERS).index(variant)
+                slot = len(MARKERS) * list(MARKERS).index(variant) + math.log2(blocks)
+                x = goals.index(first["goal"]) + 0.09 * (slot - len(MARKERS) - 2)
+                mean = over_rows(*results.paired(key)) if row else interval(each)
+                half = mean.half if row or len(each) >= FEWEST else None
                 panel.errorbar(
-                    first["params_ratio"] + shift, difference.mean, yerr=difference.half or 0, capsize=3,
-                    fmt=MARKERS[variant], color=COLOURS.get(blocks, "tab:gray"),
+                    x, mean.mean, yerr=half, capsize=3, fmt=MARKERS[variant], color=colour,
                     mfc="none" if variant == "healed" else None, label=f"{blocks} blocks, {variant}",
                 )  # fmt: skip
-            panel.grid(alpha=0.3)
-        axes[0][column].set(title=f"{results.model}\n{results.task}", ylabel="perplexity against LoRA, %")
-        axes[1][column].set(ylabel="accuracy against LoRA, points", xlabel="parameters, by the LoRA's")
+                if len(each) > 1:
+                    panel.plot([x] * len(each), each, "_", color=colour, ms=9, alpha=0.6)
+            panel.grid(axis="y", alpha=0.3)
+            panel.set_xticks(range(len(goals)), [f"{goal:g}x" for goal in goals])
+        seeds = max(len(results.values(key, "accuracy")) for key in results.keys)
+        title = f"{results.model}\n{results.task}, {seeds} seed{'s' if seeds > 1 else ''}"
+        axes[0][column].set(title=title, ylabel="perplexity against LoRA, %")
+        axes[1][column].set(
+            ylabel="accuracy against LoRA, points",
+            xlabel="parameters, by the LoRA's",
+        )
     kinds = {}
     for panel in axes[0]:
         handles, labels = panel.get_legend_handles_labels()
         kinds |= dict(zip(labels, handles, strict=True))
     figure.legend(kinds.values(), kinds.keys(), loc="outside right upper", fontsize=8)
-    figure.suptitle("Block-diagonal against LoRA: mean and 95 % interval over seeds", fontsize=9)
+    figure.suptitle(
+        f"Block-diagonal against LoRA. Marks: means; dashes: seeds. Intervals, 95 %: of perplexity over seeds, from {FEWEST} seeds on; "
+        "of accuracy over texts, of these seeds",
+        fontsize=9,
+    )
     figure.savefig(target, dpi=110)
     plt.close(figure)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,6 +70,7 @@ class Quality:
         self.model = load_model(folder, self.device, dtype)
         self.arms = arms_of(self.layers, plan.rank, plan.nblocks)
         self.earlier = read_rows(output) if resume and output.exists() else []
+        self._seconds: dict[str, float] = {}
         self.rows = RowFile(output, benchmark="quality", model=folder.name, dtype=str(dtype).removeprefix("torch."))
 
     def units(self) -> dict[str, Callable[[str], None]]:
@@ -98,12 +99,23 @@ class Quality:
             if minutes is not None and place and start - begin + 1.2 * longest > 60 * minutes:
                 print(f"{minutes:g} minutes are nearly up; left: {' '.join(names[place:])}", flush=True)
                 return names[place:]
-            wanted[name](name)
+            self._seconds = {}
+            # A GPU's process only starts operations: threads for the few small tensors on the CPU cost more than they do.
+            with learn.one_thread() if self.device.type == "cuda" else nullcontext():
+                wanted[name](name)
             seconds = time.monotonic() - start
             longest = max(longest, seconds)
-            self._write(kind="done", unit=name, seconds=round(seconds, 2))
-            print(f"{name}: {seconds:.1f} s", flush=True)
+            phases = {phase: round(spent, 2) for phase, spent in self._seconds.items()}
+            self._write(kind="done", unit=name, seconds=round(seconds, 2), phases=phases)
+            print(f"{name}: {seconds:.1f} s, of which {phases}", flush=True)
         return []
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Adds its seconds, until the device has finished, to the unit's."""
+        begin = self._now()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - begin
 
     def _write(self, **fields) -> None:
         self.earlier.append(self.rows.write(**fields))
@@ -121,9 +133,15 @@ class Quality:
     def _passes(self, arms: list[Arm], task: str, seed: int):
         """Trained banks of at most `together` arms each; all arms see the same batches."""
         for at in range(0, len(arms), self.plan.together):
-            bank = Bank(self.model, self.layers, arms[at : at + self.plan.together], seed)
-            batches = self._batches(task, self.plan.steps, seed)
-            yield bank, learn.train(self.model, bank, batches, self.plan.steps)
+            with self._phase("build"):
+                bank = Bank(self.model, self.layers, arms[at : at + self.plan.together], seed)
+            with self._phase("train"):
+                losses = learn.train(self.model, bank, self._batches(task, self.plan.steps, seed), self.plan.steps)
+            yield bank, losses
+
+    def _scores(self, bank: Bank | None, rows: data.Rows) -> list[learn.Score]:
+        with self._phase("score"):
+            return learn.score(self.model, bank, rows)
 
     def _sweep(self, unit: str, task: str) -> None:
         plain = self.arms[0]
@@ -133,12 +151,12 @@ class Quality:
         arms = [replace(arm, lr=lr, init=init) for arm, init in wanted for lr in self.plan.rates]
         rows = self._part(task, "validation")
         for bank, _ in self._passes(arms, task, SWEEP_SEED):
-            for arm, score in zip(bank.arms, learn.score(self.model, bank, rows), strict=True):
+            for arm, score in zip(bank.arms, self._scores(bank, rows), strict=True):
                 self._result("sweep", unit, task, SWEEP_SEED, arm, "trained", score, lr=arm.lr, init=arm.init)
 
     def _base(self, unit: str, task: str) -> None:
         arm = Arm(0, 0, 0.0, 0.0)
-        score = learn.score(self.model, None, self._part(task, "test"))[0]
+        score = self._scores(None, self._part(task, "test"))[0]
         self._result("result", unit, task, None, arm, "base", score)
 
     def _main(self, unit: str, task: str, seed: int) -> None:
@@ -147,7 +165,7 @@ class Quality:
         arms = [replace(arm, lr=rates["lora" if arm.nblocks == 1 else "bd"]) for arm in self.arms]
         plain = None
         for bank, losses in self._passes(arms, task, seed):
-            scores = learn.score(self.model, bank, test)
+            scores = self._scores(bank, test)
             for index, (arm, score) in enumerate(zip(bank.arms, scores, strict=True)):
                 if arm.nblocks == 1:
                     plain = bank.get(index)
@@ -155,17 +173,20 @@ class Quality:
         chosen = [replace(arm, lr=plan.heal_lr) for arm in arms if arm.nblocks > 1 and arm.goal in CONVERTED_GOALS]
         if not chosen:
             return
-        teacher, students = Bank(self.model, self.layers, arms[:1]), Bank(self.model, self.layers, chosen)
-        teacher.put(0, plain)
-        with learn.one_thread(), ThreadPoolExecutor() as pool:
-            fits = list(pool.map(lambda arm: learn.convert(students, plain, arm.nblocks, arm.rank), students.arms))
-        for index, (fitted, _) in enumerate(fits):
-            students.put(index, fitted)
+        with self._phase("build"):
+            teacher, students = Bank(self.model, self.layers, arms[:1]), Bank(self.model, self.layers, chosen)
+            teacher.put(0, plain)
+        with self._phase("convert"), learn.one_thread():  # one after another: threads contend for the interpreter
+            fits = [learn.convert(students, plain, arm.nblocks, arm.rank) for arm in chosen]
+        with self._phase("build"):
+            for index, (fitted, _) in enumerate(fits):
+                students.put(index, fitted)
         for variant in ("converted", "healed"):
             if variant == "healed":
                 batches = self._batches(task, plan.heal_steps, seed + 1000)
-                learn.train(self.model, students, batches, plan.heal_steps, teacher)
-            scores = learn.score(self.model, students, test)
+                with self._phase("heal"):
+                    learn.train(self.model, students, batches, plan.heal_steps, teacher)
+            scores = self._scores(students, test)
             for arm, (_, error), score in zip(students.arms, fits, scores, strict=True):
                 self._result(
                     "result", unit, task, seed, arm, variant, score, relative_error=round(error, 5), heal_lr=arm.lr
@@ -175,7 +196,8 @@ class Quality:
         steps = max(3, self.plan.steps // 20)
 
         def seconds(arms: list[Arm]) -> float:
-            bank = Bank(self.model, self.layers, arms)
+            with self._phase("build"):
+                bank = Bank(self.model, self.layers, arms)
             learn.train(self.model, bank, self._batches(task, 2, 0), steps)
             begin = self._now()
             learn.train(self.model, bank, self._batches(task, steps, 0), steps)

@@ -49,8 +49,6 @@ def over_rows(ours: Sequence[dict], theirs: Sequence[dict]) -> Interval:
 
     Each text's rightness is averaged over the seeds first, and the two sides are compared text by text.
     """
-    mine, other = (
-        [statistics.mean(column) for column in zip(*map(bits, side), strict=True)] for side in (ours, theirs)
-    )
+    mine, other = ([sum(each) / len(side) for each in zip(*map(bits, side), strict=True)] for side in (ours, theirs))
     differences = [100 * (a - b) for a, b in zip(mine, other, strict=True)]
-    return Interval(statistics.mean(differences), 1.96 * statistics.stdev(differences) / math.sqrt(len(differences)))
+    return Interval(statistics.fmean(differences), 1.96 * statistics.stdev(differences) / math.sqrt(len(differences)))

@@ -20,7 +20,7 @@ from benchmarks.quality.report import tables
 from benchmarks.quality.run import QUICK
 from benchmarks.quality.save import save
 from benchmarks.quality.stats import bits, interval, over_rows
-from benchmarks.record import read_rows
+from benchmarks.record import RESULTS, read_rows
 from sgl_bdlora.adapters import read_adapter
 from sgl_bdlora.adapters.__main__ import main as adapters_command
 from sgl_bdlora.adapters.dense import dense_form
@@ -131,6 +131,25 @@ def test_fused_norms_change_rounding_alone(model, parts, dtype, bound):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=bound * float(theirs.abs().max()))
 
 
+def test_starts_are_drawn_adapter_by_adapter_and_layer_by_layer(model, layers):
+    """In this order and width: a seed's rows of an earlier run are compared with those of a later one."""
+    arms = [*ARMS, dataclasses.replace(ARMS[3], init="lora")]
+    bank, random = Bank(model, layers, arms, seed=5), torch.Generator().manual_seed(5)
+    for i, arm in enumerate(arms):
+        for layer, (path, (a, b)) in zip(layers, bank.get(i).items(), strict=True):
+            n = arm.nblocks if layer.parallelism == "row" else 1
+            bound = math.sqrt((6 if n > 1 else 1) / (layer.inputs // n))
+            bound = math.sqrt(1 / layer.inputs) if arm.init == "lora" else bound
+            assert path == layer.path
+            assert torch.equal(a, (torch.rand(arm.rank, layer.inputs // n, generator=random) * 2 - 1) * bound)
+            assert torch.equal(b, torch.zeros(layer.outputs, arm.rank * n // arm.nblocks))
+    before = bank.get(0)
+    bank._weights.add_(1)
+    bank.reset(5)
+    assert torch.equal(bank._weights[~bank._mask], torch.zeros(int((~bank._mask).sum())))
+    assert all(torch.equal(x, y) for path in before for x, y in zip(before[path], bank.get(0)[path], strict=True))
+
+
 def test_put_and_get_are_inverse(model, layers):
     bank = filled(model, layers)
     before = bank.get(2)
@@ -138,6 +157,8 @@ def test_put_and_get_are_inverse(model, layers):
     for path, (a, b) in bank.get(2).items():
         assert torch.equal(a, before[path][0])
         assert torch.equal(b, before[path][1])
+    bank._weights.zero_()
+    assert all(a.any() and b.any() for a, b in before.values())  # no views
 
 
 def test_one_pass_equals_one_after_another(model, layers, parts):
@@ -346,6 +367,11 @@ def test_quick_run_resumes_and_reports(folder, parts, tmp_path, capsys):
     assert [row["unit"] for row in rows if row["kind"] == "done"] == [
         "sweep/toy", "base/toy", "speed/toy", "main/toy/0", "main/toy/1",
     ]  # fmt: skip
+    phases = {row["unit"]: row["phases"] for row in rows if row["kind"] == "done"}
+    assert list(phases["main/toy/0"]) == ["build", "train", "score", "convert", "heal"]
+    assert list(phases["base/toy"]) == ["score"]
+    for row in rows:
+        assert row["kind"] != "done" or sum(row["phases"].values()) <= row["seconds"] + 0.05
     best = min((r for r in sweep if r["nblocks"] == 1), key=lambda row: row["text_loss"] + row["label_loss"])
     results = [row for row in rows if row["kind"] == "result" and row["seed"] == 0]
     assert {row["lr"] for row in results if row["arm"] == "lora"} == {best["lr"]}
@@ -356,6 +382,27 @@ def test_quick_run_resumes_and_reports(folder, parts, tmp_path, capsys):
     assert "| 2 blocks, healed |" in capsys.readouterr().out
     assert output.with_suffix(".png").stat().st_size > 10_000
     assert "Seeds: 2;" in tables(rows)
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n\n<!-- tables: begin -->\nold\n<!-- tables: end -->\n\nAfter.\n")
+    assert main(["report", str(output), "--page", str(page)]) == 0
+    assert (
+        page.read_text() == f"Before.\n\n<!-- tables: begin -->\n\n{tables(rows)}\n\n<!-- tables: end -->\n\nAfter.\n"
+    )
+    page.write_text("no marker")
+    assert main(["report", str(output), "--page", str(page)]) == 2
+
+
+def test_the_pages_tables_are_those_of_the_rows():
+    assert tables(read_rows(RESULTS / "quality.jsonl")) in (RESULTS.parents[1] / "docs" / "quality.md").read_text()
+
+
+def test_summary_pairs_seeds_and_gives_each_task_a_line():
+    rows = [
+        _result("t", seed, *key) for seed in (0, 1) for key in [("lora", 1, "trained"), ("bd2-1.00x", 2, "trained")]
+    ]
+    rows += [_result("t", 0, "bd2-1.00x", 2, "converted") | {"relative_error": 0.25, "correct": "7", "accuracy": 0.75}]
+    # Perplexity 7 against 6 and 8 against 7; converted 7 against 6, and one more of four texts right.
+    assert "| t | 2 | 2 | +15.48 ± 15.13* | +16.67 | - | +0.00 ± 0.00 | +25.00 ± 49.00 | - | 0.250 |" in tables(rows)
 
 
 def test_report_of_runs_split_over_devices(tmp_path, capsys):

@@ -136,7 +136,12 @@ def test_healing_brings_a_converted_adapter_closer(heal, train, config, zoo, tmp
     healed = tmp_path / "healed"
     words = ["--model", str(zoo.model("llama")), "--teacher", str(lora), "--student", str(fitted), "--out", str(healed)]
     capsys.readouterr()
-    assert heal.main([*words, "--train-file", str(tmp_path / "rows.jsonl"), "--steps", "8", "--batch", "12"]) == 0
+    assert (
+        heal.main(
+            [*words, "--train-file", str(tmp_path / "rows.jsonl"), "--steps", "8", "--batch", "12", "--lr", "1e-3"]
+        )
+        == 0
+    )
     before, after = (float(word) for word in capsys.readouterr().out.replace("->", "").split() if word[0].isdigit())
     assert after < 0.8 * before
     assert read_adapter(healed).kind == "block-diagonal"
