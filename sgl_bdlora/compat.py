@@ -30,6 +30,7 @@ NAMES: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.model_executor.model_runner.ModelRunner.init_lora_manager": ("self",),
     "sglang.srt.lora.lora_manager.LoRAManager.init_state": ("self", "max_lora_rank", "target_modules", "lora_paths"),
     "sglang.srt.lora.lora_manager.LoRAManager.load_lora_adapter": ("self", "lora_ref"),
+    "sglang.srt.lora.lora_manager.LoRAManager.unload_lora_adapter": ("self", "lora_ref"),
     "sglang.srt.lora.lora_manager.LoRAManager._load_lora_adapter": ("self", "lora_ref"),
     "sglang.srt.lora.lora_manager.LoRAManager._load_lora_adapter_from_tensors": (
         "self",
@@ -71,6 +72,9 @@ NAMES: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.managers.scheduler.Scheduler._can_schedule_lora_req": ("self", "req", "running_loras"),
     "sglang.srt.managers.io_struct.GetInternalStateReqOutput": None,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_lora": ("self",),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop": ("self",),
+    "sglang.srt.managers.communicator.FanOutCommunicator.queueing_call": ("self", "obj"),
+    "sglang.srt.managers.io_struct.LoadLoRAAdapterReqInput.lora_id": None,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter_from_tensors": ("self", "obj"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._discard_pending_req_states": (
         "self",

@@ -1,7 +1,7 @@
-"""Loads: they read an adapter's files before the schedulers do, so that a slow disk holds up nobody else, and are not left half done.
+"""Loads: what takes long about them holds up nobody else, and they are not left half done.
 
-Every rank reads an adapter between two batches, while all requests wait. The launcher reads its files first, in a thread; the ranks
-then find them in the page cache (where it is the same machine).
+The launcher reads an adapter's files first, in a thread, so that the ranks find them in the page cache (where it is the same machine); then
+it has the ranks cut their pieces beside the batches (preparing.py); then SGLang's load goes on, which all requests wait for.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sgl_bdlora import config
+from sgl_bdlora import config, preparing
 from sgl_bdlora.adapters import AdapterError
 from sgl_bdlora.adapters.root import confined
 
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # More than any adapter that fits a pool; what is longer the ranks refuse by its header.
 MAX_BYTES = 2**34
 _BLOCK = 2**23
+POLL_S = 0.01
 _reader = ThreadPoolExecutor(1, "bdlora-reader")
 # The event loop alone would not keep them.
 _loads: set[asyncio.Future] = set()
@@ -42,7 +43,22 @@ async def around_load_lora_adapter(original, manager, obj, request=None):
 async def _read_and_load(original, manager, obj, request):
     loop = asyncio.get_running_loop()
     await loop.run_in_executor(_reader, warm, obj.lora_name, obj.lora_path, config.options().adapter_root)
+    await _prepare(manager, obj)
     return await original(manager, obj, request)
+
+
+async def _prepare(manager, obj) -> None:
+    """Returns when the first rank has cut its pieces: the others have as many."""
+    from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
+
+    manager.auto_create_handle_loop()
+    token, order = preparing.new_token(), preparing.BEGIN
+    while True:
+        ask = LoadLoRAAdapterReqInput(lora_name=obj.lora_name, lora_path=obj.lora_path, lora_id=order + token)
+        if all(answer.success for answer in await manager.update_lora_adapter_communicator(ask)):
+            return
+        order = preparing.POLL
+        await asyncio.sleep(POLL_S)
 
 
 def warm(name: str, path: str, root: str | None) -> int:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 
 import torch
 from sglang.srt.distributed import get_tp_group
@@ -26,6 +27,7 @@ from sgl_bdlora.layers.host import host_layers, vocabulary_layers
 from sgl_bdlora.layers.linear import LoRALinearMethod
 from sgl_bdlora.memory_pool import MemoryPool, Resident
 from sgl_bdlora.metrics import engines
+from sgl_bdlora.preparing import BEGIN, POLL, Preparations
 from sgl_bdlora.sharding import AdapterShard, HostModel, even_out, layer_sizes, shard_adapter
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class BDLoRAManager(LoRAManager):
         self.host = HostModel(hosts)
         self.memory_pool = MemoryPool(options.lora_pool_bytes, self.dtype, self.device, self.max_loras_per_batch)
         self.admission = Admission(self.memory_pool, self.shards, self._pinned)
+        self.preparations = Preparations(self._read, self._cut)
         combines = self.sharding == "s-lora" and self.tp_size > 1
         # The default limit says nothing about the ranks that will come.
         expected = self.max_lora_rank if self.max_lora_rank < config.DEFAULT_MAX_RANK else 0
@@ -85,17 +88,61 @@ class BDLoRAManager(LoRAManager):
 
     # Loading and unloading
 
+    def load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        """Read, check and shard an adapter; or only prepare that, where the launcher says so (preparing.py).
+
+        SGLang's own empties PyTorch's cache of device memory before and after, for a line of its log: batches would wait for that.
+        """
+        name, path, uid = lora_ref.lora_name, lora_ref.lora_path, lora_ref.lora_id
+        if uid.startswith((BEGIN, POLL)):
+            return self.create_lora_update_result(success=self.preparations.ask(uid, name, path))
+        logger.info("LoRA adapter loading starts: %s.", lora_ref)
+        result = self._load_lora_adapter(lora_ref)
+        logger.info("LoRA adapter loading completes: %s.", lora_ref)
+        return result
+
+    def unload_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        """As for load_lora_adapter."""
+        result = self._unload_lora_adapter(lora_ref)
+        logger.info("LoRA adapter unloaded: %s.", lora_ref)
+        return result
+
     def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
         name, path = lora_ref.lora_name, lora_ref.lora_path
-        return self._load(lora_ref, lambda: read_adapter(confined(name, path, config.options().adapter_root), name))
+        prepared = self.preparations.take(name, path)
+
+        def read() -> tuple[Adapter, AdapterShard]:
+            if prepared is not None:
+                shard = prepared.shard.result()
+                return prepared.adapter, shard
+            adapter = self._read(name, path)
+            return adapter, self._cut(adapter)
+
+        return self._load(lora_ref, read)
 
     def _load_lora_adapter_from_tensors(
         self, lora_ref: LoRARef, tensors: dict[str, torch.Tensor], config_dict: dict, added_tokens_config=None
     ) -> LoRAUpdateOutput:
-        return self._load(lora_ref, lambda: adapter_from_tensors(lora_ref.lora_name, tensors, config_dict))
+        def read() -> tuple[Adapter, AdapterShard]:
+            adapter = adapter_from_tensors(lora_ref.lora_name, tensors, config_dict)
+            return adapter, self._cut(adapter)
+
+        return self._load(lora_ref, read)
+
+    def _read(self, name: str, path: str) -> Adapter:
+        """Open the adapter and check what needs neither its values nor the base model."""
+        self._check_name(name)
+        return read_adapter(confined(name, path, config.options().adapter_root), name)
+
+    def _cut(self, adapter: Adapter) -> AdapterShard:
+        """This rank's pieces, in any thread."""
+        check_rank(adapter, self.max_lora_rank)
+        pin = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if pin else nullcontext():
+            return shard_adapter(adapter, self.host, self.dtype, self.sharding, pin=pin)
 
     def _load(self, lora_ref: LoRARef, read) -> LoRAUpdateOutput:
-        """Read, check and shard one adapter; on every rank or on none."""
+        """Load one adapter, on every rank or on none. read: gives the adapter and this rank's pieces."""
         result = self._load_on_all(lora_ref, read)
         self.counts["loads" if result.success else "load_failures"] += 1
         engines.publish(self)
@@ -105,9 +152,7 @@ class BDLoRAManager(LoRAManager):
         shard, error = None, None
         try:
             self._check_ref(lora_ref)
-            adapter: Adapter = read()
-            check_rank(adapter, self.max_lora_rank)
-            shard = shard_adapter(adapter, self.host, self.dtype, self.sharding, pin=self.device.type == "cuda")
+            adapter, shard = read()
             adapter.check_unchanged()
         except Exception as failure:
             error = _why(lora_ref.lora_name, failure)
@@ -137,10 +182,13 @@ class BDLoRAManager(LoRAManager):
         torch.distributed.all_gather_object(everyone, mine, group=get_tp_group().cpu_group)
         return everyone
 
-    def _check_ref(self, lora_ref: LoRARef) -> None:
-        name = lora_ref.lora_name
+    def _check_name(self, name: str) -> None:
         if any(ref.lora_name == name for ref in self.lora_refs.values()):
             raise AdapterError(name, f"lora_name {name!r} is already loaded", "unload that first, or use another name")
+
+    def _check_ref(self, lora_ref: LoRARef) -> None:
+        name = lora_ref.lora_name
+        self._check_name(name)
         if lora_ref.pinned and self.num_pinned_loras >= self.max_loras_per_batch - 1:
             raise AdapterError(
                 name,

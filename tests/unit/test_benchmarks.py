@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import files
+from benchmarks import files, holdup
 from benchmarks.cliff import arms, load
 from benchmarks.record import Rows, read_rows
 from benchmarks.soak import catalogue, killer, memory, references
@@ -327,3 +327,12 @@ def test_ratios_are_by_the_mean_of_the_servers_without_lora():
     assert "block-diagonal 1.00x 16x4" in text
     assert "decode  2.00x" in text
     assert "at most 10.0 %" in text
+
+
+def test_gaps_between_tokens_are_those_that_a_span_touches():
+    streams = holdup.Streams("http://nowhere", 2)
+    streams._times = [[0.0, 1.0, 1.5, 4.0], [0.5, 0.6, 0.9]]
+    assert streams.gap(1.1, 1.4) == 0.5
+    assert streams.gap(1.4, 2.0) == 2.5
+    assert streams.gap(0.55, 0.7) == 1.0
+    assert math.isnan(streams.gap(5.0, 6.0))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sgl_bdlora import loading
+from sgl_bdlora import loading, preparing
 from sgl_bdlora.adapters import AdapterError, read_adapter
 from sgl_bdlora.adapters import read as reading
 from sgl_bdlora.adapters.runaway import runaway_limit
@@ -161,6 +161,98 @@ def test_weights_are_read_ahead_where_they_may_be_read(adapter, tmp_path):
     assert loading.warm("x", str(adapter), None) == size
 
 
+def launcher(asked: list | None = None, answers: list[list[bool]] | None = None) -> SimpleNamespace:
+    """SGLang's tokenizer manager with ranks that answer at once. answers: of each time that they are asked, then true."""
+    answers = iter(answers or [])
+
+    async def ask(obj):
+        if asked is not None:
+            asked.append(obj)
+        return [SimpleNamespace(success=success) for success in next(answers, [True])]
+
+    return SimpleNamespace(
+        server_args=SimpleNamespace(lora_backend="bdlora"),
+        auto_create_handle_loop=lambda: None,
+        update_lora_adapter_communicator=ask,
+    )
+
+
+def test_the_ranks_prepare_before_they_load(monkeypatch):
+    """They are asked until all of them (with data parallelism there are several that answer) are ready."""
+    asked: list = []
+    manager = launcher(asked, [[False, False], [True, False], [True, True]])
+
+    async def load(*_):
+        asked.append("load")
+
+    monkeypatch.setattr(loading, "warm", lambda *_: 0)
+    request = SimpleNamespace(lora_name="x", lora_path="here", lora_id=None)
+    asyncio.run(loading.around_load_lora_adapter(load, manager, request))
+    *asks, last = asked
+    assert last == "load"
+    assert {(ask.lora_name, ask.lora_path) for ask in asks} == {("x", "here")}
+    marks = [ask.lora_id.rstrip("0123456789") for ask in asks]
+    assert marks == [preparing.BEGIN, preparing.POLL, preparing.POLL]
+    assert len({ask.lora_id.rpartition("-")[2] for ask in asks}) == 1
+
+
+class Cutter:
+    """Preparations whose cutting waits until it is released."""
+
+    def __init__(self):
+        self.release, self.read = threading.Event(), []
+        self.preparations = preparing.Preparations(self._read, self._cut)
+
+    def _read(self, name: str, path: str) -> str:
+        assert threading.current_thread() is threading.main_thread()
+        self.read.append(path)
+        if path == "wrong":
+            raise OSError(path)
+        return f"{name} of {path}"
+
+    def _cut(self, adapter: str) -> str:
+        assert self.release.wait(10)
+        if adapter.startswith("odd"):
+            raise ValueError(adapter)
+        return f"pieces of {adapter}"
+
+
+def test_cutting_holds_up_nobody():
+    cutter = Cutter()
+    ask = cutter.preparations.ask
+    assert not ask(f"{preparing.BEGIN}1", "x", "here")
+    assert not ask(f"{preparing.POLL}1", "x", "here")
+    # Another load of the same begins anew; whoever asks for the old one has nothing to wait for.
+    assert not ask(f"{preparing.BEGIN}2", "x", "here")
+    assert ask(f"{preparing.POLL}1", "x", "here")
+    cutter.release.set()
+    prepared = cutter.preparations.take("x", "here")
+    assert prepared.shard.result(10) == "pieces of x of here"
+    assert prepared.adapter == "x of here"
+    assert cutter.preparations.take("x", "here") is None
+    assert ask(f"{preparing.POLL}2", "x", "here")
+
+
+def test_what_is_wrong_is_said_by_the_load():
+    cutter = Cutter()
+    assert cutter.preparations.ask(f"{preparing.BEGIN}1", "x", "wrong")
+    with pytest.raises(OSError, match="wrong"):
+        cutter.preparations.take("x", "wrong").shard.result(0)
+    cutter.release.set()
+    cutter.preparations.ask(f"{preparing.BEGIN}2", "odd", "here")
+    with pytest.raises(ValueError, match="odd of here"):
+        cutter.preparations.take("odd", "here").shard.result(10)
+
+
+def test_preparations_without_a_load_are_forgotten():
+    cutter = Cutter()
+    cutter.release.set()
+    for i in range(preparing.WAITING + 1):
+        cutter.preparations.ask(f"{preparing.BEGIN}{i}", f"{i}", "here")
+    assert cutter.preparations.take("0", "here") is None
+    assert cutter.preparations.take("1", "here") is not None
+
+
 def test_a_slow_disk_holds_up_only_the_load(monkeypatch):
     """Everything else that the launcher does runs in the same loop."""
     order = []
@@ -173,7 +265,7 @@ def test_a_slow_disk_holds_up_only_the_load(monkeypatch):
         order.append("loaded")
 
     async def serve():
-        manager = SimpleNamespace(server_args=SimpleNamespace(lora_backend="bdlora"))
+        manager = launcher()
         request = SimpleNamespace(lora_name="x", lora_path="x")
         loading_ends = asyncio.ensure_future(loading.around_load_lora_adapter(load, manager, request))
         for _ in range(5):
@@ -195,7 +287,7 @@ def test_a_load_goes_on_when_its_client_leaves(monkeypatch):
         done.append("registered")
 
     async def serve():
-        manager = SimpleNamespace(server_args=SimpleNamespace(lora_backend="bdlora"))
+        manager = launcher()
         request = SimpleNamespace(lora_name="x", lora_path="x")
         stream = asyncio.ensure_future(loading.around_load_lora_adapter(load, manager, request))
         await asyncio.sleep(0.02)
