@@ -2,6 +2,7 @@
 
     python -m benchmarks.cluster.grid              # about 8 minutes on 2 cores; no GPU
     python -m benchmarks.cluster.grid --quick      # two cases, about a minute
+    python -m benchmarks.cluster.grid --served     # three cases with what the real cluster showed, about 2 minutes
 
 Each row says with which cost model it was made and whether that is provisional. Writes rows and a plot to benchmarks/results/.
 """
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.cluster.plot import draw
+from benchmarks.cluster.compared import SERVER
+from benchmarks.cluster.plot import draw, tables
 from benchmarks.record import RESULTS, Rows, read_rows
 from sgl_bdlora.cluster.config import ClusterConfig, from_dict
 from sgl_bdlora.cluster.policies import NAMES
@@ -52,6 +54,12 @@ def cases(quick: bool) -> list[tuple[dict, ClusterConfig]]:
     return [made[1], made[7]] if quick else made
 
 
+def served(made: list[tuple[dict, ClusterConfig]]) -> list[tuple[dict, ClusterConfig]]:
+    """The cases without drift and with rotation, with the costs and replicas that were compared with a real cluster."""
+    chosen = [made[0], made[1], made[4]]
+    return [(labels, config.with_(costs="bdlora-served", replicas=SERVER)) for labels, config in chosen]
+
+
 def measure(labels: dict, config: ClusterConfig, rate: float, sizing_rate: float | None) -> dict:
     """One row: the highest rate, then a run at `rate`, and for some cases the replicas that sizing_rate needs."""
     best, runs = highest_rate(config, 20.0, 160.0, 6)
@@ -73,24 +81,31 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="two cases only")
+    parser.add_argument("--served", action="store_true", help="three cases with cost model bdlora-served; no plot")
     parser.add_argument("--policies", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument(
         "--rate", type=float, default=64.0, help="requests/s of the runs compared by time (default: %(default)s)"
     )
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=RESULTS / "cluster-grid.jsonl")
+    parser.add_argument(
+        "--output", type=Path, help="rows (default: cluster-grid.jsonl, served: policies-grid-served.jsonl)"
+    )
     args = parser.parse_args()
+    args.output = args.output or RESULTS / ("policies-grid-served.jsonl" if args.served else "cluster-grid.jsonl")
     args.output.unlink(missing_ok=True)
     rows = Rows(args.output, benchmark="cluster-grid")
     jobs = []
-    for labels, config in cases(args.quick):
-        sized = labels["drift"] == "rotate" and labels["variant"] == "base"
+    for labels, config in served(cases(False)) if args.served else cases(args.quick):
+        sized = not args.served and labels["drift"] == "rotate" and labels["variant"] == "base"
         for name in args.policies:
             jobs.append((labels, config.with_(policy={"name": name}), args.rate, args.rate if sized else None))
     with ProcessPoolExecutor(args.processes) as pool:
         for row in tqdm(pool.map(_measure, jobs), total=len(jobs), unit="point"):
             rows.write(**row)
-    draw(read_rows(args.output), args.output.with_suffix(".png"))
+    if args.served:
+        print(tables(read_rows(args.output)))
+    else:
+        draw(read_rows(args.output), args.output.with_suffix(".png"))
     print(args.output)
 
 

@@ -1,6 +1,10 @@
-"""Picture and tables of a grid run.  python -m benchmarks.cluster.plot benchmarks/results/cluster-grid.jsonl"""
+"""Pictures of a grid run and of policies on a real cluster.
 
-import sys
+python -m benchmarks.cluster.plot benchmarks/results/cluster-grid.jsonl       # and its tables
+python -m benchmarks.cluster.plot benchmarks/results/policies-h200x2.jsonl
+"""
+
+import argparse
 from pathlib import Path
 
 from benchmarks.record import read_rows
@@ -43,6 +47,48 @@ def draw(rows: list[dict], target: Path) -> None:
     plt.close(figure)
 
 
+def draw_policies(rows: list[dict], target: Path) -> None:
+    """Times to the first token and requests served within the SLO, a column for each rate of the real cluster's run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    (setup,) = [row for row in rows if row["kind"] == "setup"][:1]
+    points = [row for row in rows if row["kind"] == "point"]
+    rates = sorted({row["rate"] for row in points})
+    figure, panels = plt.subplots(
+        2, len(rates), figsize=(5.5 * len(rates), 6), layout="constrained", sharey="row", squeeze=False
+    )
+    for rate, (times, served) in zip(rates, panels.T, strict=True):
+        found = [row for row in points if row["rate"] == rate]
+        names, x = [row["policy"] for row in found], range(len(found))
+        colours = [COLOURS.get(name) for name in names]
+        for q, marker in ((50, "_"), (95, "o"), (99, "^")):
+            # None: it did not come.
+            values = [float("nan") if row[f"ttft_p{q}_ms"] is None else row[f"ttft_p{q}_ms"] for row in found]
+            times.scatter(x, values, c=colours, marker=marker, s=60)
+            # In the legend without a policy's colour.
+            times.scatter([], [], c="black", marker=marker, label=f"P{q}")
+        times.axhline(setup["settings"]["slo"]["ttft_ms"], color="gray", ls=":", lw=0.8)
+        times.set(yscale="log", title=f"{rate:g} requests/s")
+        times.set_xticks(x, [])
+        served.bar(x, [row["answered_req_s"] for row in found], color="none", edgecolor="gray", lw=0.8)
+        served.bar(x, [row["goodput_req_s"] for row in found], color=colours)
+        served.set_xticks(x, names, rotation=40, ha="right")
+        for axes in (times, served):
+            axes.grid(alpha=0.3, axis="y")
+    panels[0, 0].set_ylabel("time to first token, ms")
+    panels[1, 0].set_ylabel("requests/s in the SLO\n(outline: answered)")
+    panels[0, 0].legend(fontsize=8)
+    replicas, model = setup["settings"]["replicas"]["count"], setup["model"]
+    figure.suptitle(
+        f"{replicas} replicas of one {setup['gpu']}, {model}, {len(setup['adapters'])} adapters", fontsize=10
+    )
+    figure.savefig(target, dpi=100)
+    plt.close(figure)
+
+
 def tables(rows: list[dict]) -> str:
     """Markdown: highest rate / P99 of the first token at one rate [/ replicas needed], a line a case."""
     policies = list(dict.fromkeys(row["policy"] for row in rows))
@@ -68,7 +114,21 @@ def tables(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cluster.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("rows", type=Path, help="of benchmarks.cluster.grid or .policies; the picture goes beside them")
+    source = parser.parse_args().rows
+    rows = read_rows(source)
+    if rows[0]["benchmark"] == "policies":
+        draw_policies(rows, source.with_suffix(".png"))
+    else:
+        draw(rows, source.with_suffix(".png"))
+        print(tables(rows))
+
+
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    draw(read_rows(source), source.with_suffix(".png"))
-    print(tables(read_rows(source)))
+    main()

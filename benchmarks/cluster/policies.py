@@ -23,13 +23,14 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import httpx
 
 from benchmarks.cluster.client import Sent, client, replay, send
-from benchmarks.cluster.compared import against_simulator, point, table
+from benchmarks.cluster.compared import ASKED, DRAIN_S, against_simulator, point, table
 from benchmarks.files import LLAMA_8B, MODULES, TINY, Shape, write_adapter, write_model
 from benchmarks.process import free_port
 from benchmarks.record import RESULTS, Rows, gpu_name, read_rows
@@ -43,7 +44,6 @@ ADAPTERS = {8: 24, 16: 8, 32: 4, 64: 2, 128: 1}
 TINY_ADAPTERS = {4: 6, 8: 3, 32: 2, 64: 1}
 # A message after the first only at the end.
 INTERVAL = 1 << 20
-DRAIN_S = 3.0
 # Until the cluster has unloaded everything, and how often it is asked to: a plan of the last trace may still load something.
 CLEAR_S, CLEARINGS = 7.0, 3
 # Adapters asked for at once when all are loaded: more would only wait in the replicas.
@@ -79,6 +79,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--within", type=float, default=math.inf, metavar="SECONDS", help="begin no point that might not end by then")
     add("--resume", action="store_true", help="skip the points that --output has")
     add("--simulate", type=Path, metavar="ROWS", help="measure nothing: simulate that file's points and compare")
+    add("--names", nargs="+", default=(), help="with --simulate: the replicas' ids, where the rows have none")
     args = parser.parse_args(argv)
     args.rates = args.rates or ([2.0, 4.0] if args.tiny else [24.0, 40.0])
     args.output = args.output or RESULTS / time.strftime("policies-%Y%m%dT%H%M%SZ.jsonl", time.gmtime())
@@ -90,7 +91,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.simulate:
-        show(args.simulate, args.costs)
+        show(args.simulate, args.costs, args.names)
         return 0
     with tempfile.TemporaryDirectory(prefix="policies-") as name:
         shape, ranks = (TINY, TINY_ADAPTERS) if args.tiny else (LLAMA_8B, ADAPTERS)
@@ -101,10 +102,10 @@ def main(argv: list[str] | None = None) -> int:
         return run.whole()
 
 
-def show(path: Path, costs: str) -> None:
+def show(path: Path, costs: str, names: Sequence[str] = ()) -> None:
     rows = read_rows(path)
     print(table([row for row in rows if row["kind"] == "point"]))
-    print(against_simulator(rows, costs))
+    print(against_simulator(rows, costs, names))
     print(path, flush=True)
 
 
@@ -217,9 +218,9 @@ class Run:
     async def _points(self, url: str) -> None:
         names = [a.name for a in self.adapters]
         async with client(url) as http:
-            # Not counted: what servers compile when they are asked first.
+            # Not counted: what servers compile when they are asked first, and when batches are large first.
             await self._touch(http, names)
-            await self._replay(http, names, self.args.rates[0])
+            await self._replay(http, names, max(self.args.rates))
             self._say("servers are warm")
             longest = 0.0
             for rate in self.args.rates:
@@ -241,7 +242,7 @@ class Run:
 
         async def one(name: str) -> Sent:
             async with places:
-                return await send(http, name, 8, 1, self.shape.vocab)
+                return await send(http, name, *ASKED, self.shape.vocab)
 
         sent = await asyncio.gather(*(one(name) for name in names))
         lost = [name for name, answer in zip(names, sent, strict=True) if not answer.ok]
@@ -271,7 +272,8 @@ class Run:
             kind="point", policy=policy, rate=rate, **point(sent, config, len(names)),
             cold_loads={k: after["cold_loads"][k] - before["cold_loads"][k] for k in after["cold_loads"]},
             bytes_moved=sum(after["bytes_moved"].values()) - sum(before["bytes_moved"].values()),
-            moves=after["moves"] - before["moves"],
+            moves=after["moves"] - before["moves"], replicas=[r["id"] for r in after["replicas"]],
+            received=[b["received"] - a["received"] for a, b in zip(before["replicas"], after["replicas"], strict=False)],
         )  # fmt: skip
         self._say(table([row], head=False))
 

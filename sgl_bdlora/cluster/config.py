@@ -20,7 +20,8 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class Replicas:
     """count replicas of gpus GPUs each. Bandwidths in GB/s: pcie from a replica's host memory to its GPUs, peer from another's host memory,
-    disk from storage."""
+    disk from storage. install_s and install_s_per_gb: how long a replica answers nobody because it reads, checks and lays out an adapter
+    that is new to it. ahead: a batch is put together while the one before it runs, as in SGLang, so that a request waits for one more."""
 
     count: int = 8
     gpus: int = 2
@@ -32,6 +33,9 @@ class Replicas:
     pcie_gb_s: float = 40.0
     peer_gb_s: float = 10.0
     disk_gb_s: float = 2.0
+    install_s: float = 0.0
+    install_s_per_gb: float = 0.0
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class Serve:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """costs: a model of default_costs.json (bdlora, padded, no-lora) or the path of a JSON file."""
+    """costs: a model of default_costs.json (bdlora, bdlora-served, csgmv, padded, no-lora) or the path of a JSON file."""
 
     replicas: Replicas = field(default_factory=Replicas)
     adapters: Adapters = field(default_factory=Adapters)

@@ -20,11 +20,13 @@ PREFILL = ("prefill_ms", "token_ms", "lora_token_ms", "rank_token_ms", "pad_toke
 class Costs:
     """Semantics, in milliseconds:
 
-        decode  = decode_ms + request_ms * batch + [rows > 0] * lora_ms + row_ms * rows + pad_ms * batch * width
+        decode  = decode_ms + request_ms * batch + [rows > 0] * lora_ms + row_ms * rows + pad_ms * batch * width + context_ms * context
         prefill = prefill_ms + token_ms * T + [width > 0] * lora_token_ms * T + rank_token_ms * token_ranks + pad_token_ms * T * width
 
     batch: requests; rows: ranks of the batch's distinct adapters, summed; width: the largest rank; T: tokens; token_ranks: each
     token's rank, summed. A kernel that reads each adapter once has row_ms, one that pads to the largest rank pad_ms.
+    context: tokens, prompt and output, that the batch's requests have so far, summed; a profile of short prompts leaves it out.
+    outside_ms: what a request takes beside these, while its replica does others' work: HTTP, the cluster's front, scheduling ahead.
     """
 
     name: str
@@ -38,11 +40,13 @@ class Costs:
     lora_token_ms: float
     rank_token_ms: float
     pad_token_ms: float
+    context_ms: float = 0.0
+    outside_ms: float = 0.0
     provisional: bool = True
     provenance: str = ""
 
     def __post_init__(self):
-        for name in (*DECODE, *PREFILL):
+        for name in (*DECODE, *PREFILL, "context_ms", "outside_ms"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(
@@ -53,10 +57,10 @@ class Costs:
                 f"cost model {self.name!r}: decode_ms or request_ms has to be above 0, or a step would take no time"
             )
 
-    def decode(self, batch, rows, width):
+    def decode(self, batch, rows, width, context=0):
         """Milliseconds of a decode step; numbers or arrays of one shape."""
         lora = (rows > 0) * self.lora_ms + self.row_ms * rows + self.pad_ms * batch * width
-        return self.decode_ms + self.request_ms * batch + lora
+        return self.decode_ms + self.request_ms * batch + lora + self.context_ms * context
 
     def prefill(self, tokens, token_ranks, width):
         """Milliseconds of a prefill batch; numbers or arrays of one shape."""
@@ -87,7 +91,8 @@ def operating_point(costs: Costs, rank: int, tpot_ms: float, load: Load) -> floa
     batch = np.arange(1, load.max_running + 1)
     rows = np.minimum(batch, load.adapters) * rank
     prefill = costs.prefill(load.prompt_tokens, load.prompt_tokens * rank, rank)
-    rate = 1 / (prefill + load.output_tokens * costs.decode(batch, rows, rank) / batch)  # a millisecond
+    context = batch * (load.prompt_tokens + load.output_tokens / 2)
+    rate = 1 / (prefill + load.output_tokens * costs.decode(batch, rows, rank, context) / batch)  # a millisecond
     tpot = batch / (rate * load.output_tokens)
     if not tpot[0] <= tpot_ms:
         raise ValueError(

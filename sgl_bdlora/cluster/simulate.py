@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 import numpy as np
@@ -19,7 +19,7 @@ from sgl_bdlora.cluster.routing import RoutingTable, moves
 from sgl_bdlora.cluster.trace import Trace, make_adapters, make_trace, mean_lengths
 
 # Events of one moment happen in this order.
-STEP, LOADED, BACK, FAIL, PLAN = range(5)
+STEP, FETCHED, LOADED, BACK, FAIL, PLAN = range(6)
 
 # After the last arrival the simulation goes on for so long; what has not finished then is counted as unfinished.
 DRAIN_S = 30.0
@@ -77,10 +77,11 @@ class Result:
         return (self.ttft_ms() <= slo.ttft_ms) & (self.tpot_ms() <= slo.tpot_ms)
 
 
-def cluster_of(config: ClusterConfig) -> tuple[Replica, ...]:
+def cluster_of(config: ClusterConfig, names: Sequence[str] = ()) -> tuple[Replica, ...]:
+    """names: of the replicas, by default r0, r1, ..."""
     r = config.replicas
     pool, host = int(r.pool_gib * 2**30), int(r.host_gib * 2**30)
-    return tuple(Replica(f"r{i}", pool, host, r.max_rank) for i in range(r.count))
+    return tuple(Replica(name, pool, host, r.max_rank) for name in names or [f"r{i}" for i in range(r.count)])
 
 
 def points_of(config: ClusterConfig, costs: Costs) -> dict[int, float]:
@@ -97,26 +98,33 @@ def policy_of(config: ClusterConfig, costs: Costs) -> Policy:
     return make_policy(config.policy.name, costs, config.slo.tpot_ms, output, config.replicas.max_running)
 
 
+def in_equal_use(problem: Problem) -> Problem:
+    """The same as if every adapter took as much of a replica's time: what a cluster that knows nothing plans with."""
+    return replace(problem, demand=np.array([problem.points[a.rank] / len(problem.adapters) for a in problem.adapters]))
+
+
 def simulate(
     config: ClusterConfig, progress: Callable[[float], None] | None = None, trace: Trace | None = None,
-    adapters: tuple[Adapter, ...] | None = None,
+    adapters: tuple[Adapter, ...] | None = None, names: Sequence[str] = (), anew: bool = False,
 ) -> Result:  # fmt: skip
-    """Run a workload through a cluster. progress is told the simulated seconds at each plan.
+    """Run a workload through a cluster. progress is told the simulated seconds at each plan. names: of the replicas, which some policies
+    hash. anew: replicas begin empty and the first plan as if all adapters were in equal use, as in a real cluster; otherwise it knows
+    the first period's demand, and what it places is loaded.
 
     Raises PlacementError for adapters that fit nowhere and ValueError for an SLO that one request alone would miss.
     """
-    return Simulation(config, progress, trace, adapters).run()
+    return Simulation(config, progress, trace, adapters, names, anew).run()
 
 
 class Simulation:
-    def __init__(self, config: ClusterConfig, progress=None, trace=None, adapters=None):
-        self._config, self._progress = config, progress
-        costs = load_costs(config.costs)
+    def __init__(self, config: ClusterConfig, progress=None, trace=None, adapters=None, names=(), anew=False):
+        self._config, self._progress, self._anew = config, progress, anew
+        costs = self._costs = load_costs(config.costs)
         self._adapters = adapters if adapters is not None else make_adapters(config.adapters, config.workload.seed)
         self._trace = trace if trace is not None else make_trace(config.workload, len(self._adapters))
         self._points = points_of(config, costs)
         self._policy = policy_of(config, costs)
-        self._specs = cluster_of(config)
+        self._specs = cluster_of(config, names)
         self._tokens = sum(mean_lengths(config.workload))
         self._demand = Demand(config.policy.ema, config.policy.windows)
         self._view = View.empty(tuple(r.name for r in self._specs))
@@ -130,7 +138,15 @@ class Simulation:
         self._generation = [0] * len(self._specs)
         self._replicas = [
             SimReplica(
-                i, config.replicas, costs, self._view, self._ledger, self._push_step, self._push_loaded, self._fetch
+                i,
+                config.replicas,
+                costs,
+                self._view,
+                self._ledger,
+                self._push_step,
+                self._push_fetched,
+                self._push_loaded,
+                self._fetch,
             )
             for i in range(len(self._specs))
         ]
@@ -146,6 +162,9 @@ class Simulation:
 
     def _push_step(self, when: float, replica: int, token: int) -> None:
         self._push(when, STEP, replica, token)
+
+    def _push_fetched(self, when: float, replica: int, adapter: Adapter) -> None:
+        self._push(when, FETCHED, replica, (self._generation[replica], adapter))
 
     def _push_loaded(self, when: float, replica: int, adapter: Adapter) -> None:
         self._push(when, LOADED, replica, (self._generation[replica], adapter))
@@ -198,10 +217,10 @@ class Simulation:
             now = when
             if kind == STEP:
                 replicas[r].wake(now, what)
-            elif kind == LOADED:
+            elif kind in (FETCHED, LOADED):
                 generation, adapter = what
                 if generation == self._generation[r]:
-                    replicas[r].arrive(now, adapter)
+                    (replicas[r].arrive if kind == LOADED else replicas[r].fetched)(now, adapter)
             elif kind == PLAN:
                 self._plan(now)
             elif kind == FAIL:
@@ -209,9 +228,10 @@ class Simulation:
             else:
                 view.alive[r] = True
                 self._plan(now, observe=False)
-        ledger = self._ledger
+        ledger, outside = self._ledger, self._costs.outside_ms / 1000
+        first, finish = (np.where(at >= 0, at + outside, -1.0) for at in map(np.array, (ledger.first, ledger.finish)))
         return Result(
-            config=config, trace=trace, first=np.array(ledger.first), finish=np.array(ledger.finish), shed=self._shed,
+            config=config, trace=trace, first=first, finish=finish, shed=self._shed,
             failed=self._failed, retried=self._retried, loads=dict(ledger.loads_from), bytes_moved=ledger.bytes_moved,
             plans=self._plans, moves=self._moves, most_moves=self._most_moves,
             busy_s=np.array([r.busy_s for r in replicas]), served=self._served, ends_at=min(now, limit),
@@ -220,6 +240,9 @@ class Simulation:
 
     def _start(self, first_window: int) -> None:
         """The first plan knows the demand of the first period, as after a restart; what it places is loaded, busiest first."""
+        if self._anew:
+            self._table, self._plans = self._policy.plan(in_equal_use(self._problem()), None), 1
+            return
         counts = np.bincount(self._trace.adapter[:first_window], minlength=len(self._adapters))
         self._observe(counts)
         self._table = self._policy.plan(self._problem(), None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -289,3 +290,18 @@ def test_every_policy_routes_by_its_own_table():
             ranked(made.table, made._policy, a, 10, view, d)[0][0] for a in ADAPTERS for d in np.linspace(0, 0.99, 5)
         }
         assert picked == {"x", "y"} or name in ("toppings", "affinity"), name
+
+
+def test_a_refusal_that_is_told_late_does_not_end_the_request_elsewhere():
+    pytest.importorskip("ray")
+    from sgl_bdlora.cluster.serving.router import TableRouter
+
+    router = object.__new__(TableRouter)
+    router._sent = {}
+    x, y = (SimpleNamespace(unique_id=name) for name in "xy")
+    metadata = SimpleNamespace(internal_request_id="1", multiplexed_model_id="a0")
+    router.on_request_routed(SimpleNamespace(metadata=metadata), y, None)
+    router.on_request_completed(x, "1")
+    assert list(router._sent) == [("1", "y")]
+    router.on_request_completed(y, "1")
+    assert not router._sent

@@ -8,9 +8,10 @@ import pytest
 
 from benchmarks.cluster.client import NOT_ANSWERED, Sent
 from benchmarks.cluster.compared import against_simulator, point, table
+from benchmarks.cluster.plot import draw_policies
 from benchmarks.cluster.points import ADAPTERS, DECODE, PAIRS, PREFILL
 from benchmarks.cluster.profile import PREFILL_TOKENS, RUNNING
-from benchmarks.cluster.profiled import report, write_defaults
+from benchmarks.cluster.profiled import FRONT_MS, PROFILE_CONTEXT, report, write_defaults
 from benchmarks.latency.mixes import mix
 from sgl_bdlora.cluster.config import from_dict
 from sgl_bdlora.cluster.costs import DEFAULTS, Costs, load_costs
@@ -73,16 +74,19 @@ def test_measured_models_become_the_defaults(tmp_path, monkeypatch):
     file.write_text(DEFAULTS.read_text())
     write_defaults([TRUE, replace(TRUE, name="csgmv", provisional=False)], file)
     monkeypatch.setattr("sgl_bdlora.cluster.costs.DEFAULTS", file)
-    ours, padded, without = (load_costs(name) for name in ("bdlora", "padded", "no-lora"))
+    ours, padded, without, served = (load_costs(name) for name in ("bdlora", "padded", "no-lora", "bdlora-served"))
     assert ours == TRUE
     assert load_costs("csgmv").decode_ms == TRUE.decode_ms
     assert padded.provisional
     assert padded.decode(32, 64, 16) == pytest.approx(ours.decode(32, 64, 16))
     assert padded.prefill(1000, 16000, 16) == pytest.approx(ours.prefill(1000, 16000, 16))
     assert without.decode(32, 64, 16) == pytest.approx(ours.decode(32, 0, 0))
+    # One short request through a server takes what it took in the profile, and the front.
+    assert served.decode(1, 16, 16, PROFILE_CONTEXT) == pytest.approx(ours.decode(1, 16, 16))
+    assert served.prefill(128, 2048, 16) + served.outside_ms == pytest.approx(ours.prefill(128, 2048, 16) + FRONT_MS)
 
 
-def test_a_point_counts_what_was_not_answered():
+def test_a_point_counts_what_was_not_answered(tmp_path):
     workload = {"rate": 12, "duration_s": 5, "warmup_s": 1, "prompt_median": 50, "output_median": 8}
     config = from_dict({"slo": {"ttft_ms": 100, "tpot_ms": 20}, "workload": workload})
     trace = make_trace(config.workload, 4)
@@ -112,3 +116,9 @@ def test_a_point_counts_what_was_not_answered():
     lines = against_simulator(json.loads(json.dumps(rows)), "bdlora").splitlines()
     assert [line.split("|")[2].strip() for line in lines[-2:]] == ["random", "toppings"]
     assert "1, 2 | 2.0 | 2 of" in table(rows[1:]).splitlines()[-1]
+
+    pytest.importorskip("matplotlib")
+    settings = {"slo": {"ttft_ms": 100}, "replicas": {"count": 2}}
+    setup = {**rows[0], "settings": settings, "model": "m", "gpu": None}
+    draw_policies([setup, *rows[1:], {**rows[1], "rate": 24.0, "ttft_p99_ms": None}], tmp_path / "policies.png")
+    assert (tmp_path / "policies.png").read_bytes().startswith(b"\x89PNG")

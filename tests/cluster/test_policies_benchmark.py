@@ -31,7 +31,9 @@ class Cluster:
         if request.url.path == "/cluster/status":
             loaded = self.loaded.pop(0) if len(self.loaded) > 1 else []
             counts = {"disk": len(self.asked), "peer": 0}
-            replica = {"name": "r0", "loaded": loaded, "loading": self.stuck, "running": 0}
+            replica = {
+                "name": "r0", "id": "x", "loaded": loaded, "loading": self.stuck, "running": 0, "received": len(self.asked),
+            }  # fmt: skip
             return httpx.Response(200, json={
                 "policy": self.policy, "replicas": [replica], "cold_loads": counts, "bytes_moved": counts, "moves": 0,
             })  # fmt: skip
@@ -77,6 +79,7 @@ def test_every_policy_gets_the_same_trace_after_every_adapter_was_asked_once(tmp
     assert {adapter for adapter, _ in by_policy["random"][: len(names)]} == names
     assert by_policy["random"] == by_policy["toppings"]
     assert rows[0]["cold_loads"]["disk"] == rows[0]["sent"] + len(names)
+    assert (rows[0]["replicas"], rows[0]["received"]) == (["x"], [rows[0]["sent"] + len(names)])
     assert len(run(tmp_path, "--resume")[0]) == len(rows)
 
 

@@ -1,5 +1,8 @@
 """The simulator against closed forms, and what has to hold whatever the workload."""
 
+import json
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -89,7 +92,8 @@ CASES = st.fixed_dictionaries({
     }),
     "replicas": st.fixed_dictionaries({
         "count": st.integers(1, 4), "pool_gib": st.sampled_from([0.625, 1.3, 8.0]), "host_gib": st.sampled_from([10.0, 100.0]),
-        "max_running": st.sampled_from([1, 3, 64]), "prefill_tokens": st.sampled_from([1, 8192]),
+        "max_running": st.sampled_from([1, 3, 64]), "prefill_tokens": st.sampled_from([1, 8192]), "ahead": st.booleans(),
+        "install_s_per_gb": st.sampled_from([0.0, 2.0]),
     }),
     "adapters": st.fixed_dictionaries({"count": st.integers(1, 30)}),
     "workload": st.fixed_dictionaries({
@@ -151,13 +155,65 @@ def test_more_adapters_than_the_pool_takes_take_turns_and_all_finish():
     assert np.median(roomy.ttft_ms()) < np.median(result.ttft_ms())
 
 
-def test_a_request_joins_at_the_end_of_the_step_that_runs():
+@pytest.mark.parametrize(("ahead", "waits"), [(False, 3), (True, 4)])
+def test_a_request_joins_at_the_end_of_the_step_that_runs_or_of_the_one_that_is_ready_to(ahead, waits):
     costs = load_costs("bdlora")
     step = costs.decode(1, 16, 16) / 1000
     alone = costs.prefill(100, 1600, 16) / 1000
     trace = Trace(np.array([0.0, alone + 2.5 * step]), np.zeros(2, dtype=int), np.full(2, 100), np.full(2, 20))
-    result = simulate(config(replicas={"count": 1}, adapters={"count": 1, "ranks": {16: 1.0}}), trace=trace)
-    assert result.first == pytest.approx([alone, 2 * alone + 3 * step])
+    c = config(replicas={"count": 1, "ahead": ahead}, adapters={"count": 1, "ranks": {16: 1.0}})
+    assert simulate(c, trace=trace).first == pytest.approx([alone, 2 * alone + waits * step])
+
+
+def test_what_comes_during_a_prefill_waits_for_the_batch_that_was_put_together_before_it():
+    costs = load_costs("bdlora")
+    step, alone = costs.decode(1, 16, 16) / 1000, costs.prefill(100, 1600, 16) / 1000
+    arrival = np.array([0.0, alone + 0.5 * step, 2 * alone + 1.5 * step])
+    trace = Trace(arrival, np.zeros(3, dtype=int), np.full(3, 100), np.array([20, 20, 20]))
+    one, two = (
+        simulate(config(replicas={"count": 1, "ahead": ahead}, adapters={"count": 1, "ranks": {16: 1.0}}), trace=trace).first
+        for ahead in (False, True)
+    )  # fmt: skip
+    # The third comes while two decode, or while the second is prefilled: then a step of both comes before it.
+    both = costs.decode(2, 16, 16) / 1000
+    assert one == pytest.approx([alone, 2 * alone + step, 3 * alone + step + both])
+    assert two == pytest.approx([alone, 2 * alone + 2 * step, 3 * alone + 2 * step + both])
+
+
+def test_an_adapter_is_installed_between_two_steps_while_all_wait():
+    costs = load_costs("bdlora")
+    replicas = {"count": 1, "pcie_gb_s": 1e9, "disk_gb_s": 1e9}
+    c = config(replicas=replicas, adapters={"count": 2, "ranks": {16: 1.0}, "mib_per_rank": 1.0})
+    trace = Trace(np.array([1.0, 1.5]), np.array([0, 1]), np.full(2, 100), np.array([201, 1]))
+    quick = simulate(c, trace=trace, anew=True)
+    slow = simulate(c.with_(replicas={"install_s": 0.2, "install_s_per_gb": 3.0}), trace=trace, anew=True)
+    install, prefill = 0.2 + 3.0 * 16 * 2**20 / 1e9, costs.prefill(100, 1600, 16) / 1000
+    assert slow.loads == quick.loads == {"host": 0, "peer": 0, "disk": 2}
+    assert slow.first[0] - quick.first[0] == pytest.approx(install)
+    # The second adapter comes while the first request decodes.
+    assert quick.finish[0] == pytest.approx(1 + 2 * prefill + 200 * costs.decode(1, 16, 16) / 1000)
+    assert slow.finish[0] == pytest.approx(quick.finish[0] + 2 * install)
+    assert slow.busy_s[0] == pytest.approx(quick.busy_s[0] + 2 * install)
+
+
+def test_context_lengthens_steps_and_what_is_outside_delays_answers_and_holds_up_nobody(tmp_path):
+    costs = replace(load_costs("bdlora"), context_ms=0.01, outside_ms=40.0)
+    (tmp_path / "costs.json").write_text(json.dumps(asdict(costs)))
+    c = config(replicas={"count": 1}, adapters={"count": 1, "ranks": {16: 1.0}}, costs=str(tmp_path / "costs.json"))
+    trace = Trace(np.array([1.0, 30.0]), np.zeros(2, dtype=int), np.full(2, 500), np.array([33, 1]))
+    result = simulate(c, trace=trace)
+    prefill = costs.prefill(500, 8000, 16) / 1000
+    assert result.first == pytest.approx([1.04 + prefill, 30.04 + prefill])
+    steps = sum(costs.decode(1, 16, 16, context) for context in range(501, 533)) / 1000
+    assert result.finish[0] - result.first[0] == pytest.approx(steps, rel=1e-3)
+    assert result.busy_s.sum() == pytest.approx(2 * prefill + steps, rel=1e-3)
+
+
+def test_a_hash_of_other_names_puts_adapters_elsewhere():
+    c = config(policy={"name": "hrw-ema"}, replicas={"count": 2}, adapters={"count": 12}, workload={"duration_s": 21.0})
+    served = {names: tuple(simulate(c, names=names, anew=True).served) for names in (("r0", "r1"), ("x", "y"))}
+    assert len(set(served.values())) == 2
+    assert served["r0", "r1"] == tuple(simulate(c, anew=True).served)
 
 
 def test_an_adapter_always_in_use_does_not_starve_another():

@@ -38,7 +38,7 @@ class Backend:
         context = serve.get_replica_context()
         self._config, self._sizes = config, sizes
         self._name = context.replica_id.unique_id
-        self._cold, self._bytes, self._running = Counter(), Counter(), 0
+        self._cold, self._bytes, self._running, self._received = Counter(), Counter(), 0, 0
         self._offering = asyncio.Lock()
         self._tasks: set[asyncio.Task] = set()
         self._stopping = False
@@ -90,7 +90,7 @@ class Backend:
                 report = ReplicaReport(
                     ray.util.get_node_ip_address(), os.getpid(), self._server.pid, self._running, tuple(self._holding.loaded),
                     tuple(self._holding.waiting()), sum(self._holding.loaded.values()), dict(self._cold), dict(self._bytes),
-                    self._holding.unloads,
+                    self._holding.unloads, self._received,
                 )  # fmt: skip
                 ray.get(actor.replica_says.remote(self._name, report), timeout=30)
             except Exception as error:
@@ -106,6 +106,7 @@ class Backend:
         Raises ReplicaBroken where another replica could answer.
         """
         self._running += 1
+        self._received += 1
         try:
             if adapter is None:
                 async for piece in self._ask(route, body):

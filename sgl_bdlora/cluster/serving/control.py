@@ -7,15 +7,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from sgl_bdlora.cluster.base import Adapter, PlacementError, Problem, Replica
 from sgl_bdlora.cluster.config import ClusterConfig
 from sgl_bdlora.cluster.costs import load_costs
 from sgl_bdlora.cluster.demand import Demand
 from sgl_bdlora.cluster.placement import required_replicas
 from sgl_bdlora.cluster.routing import RoutingTable, moves
-from sgl_bdlora.cluster.simulate import cluster_of, points_of, policy_of
+from sgl_bdlora.cluster.simulate import cluster_of, in_equal_use, points_of, policy_of
 from sgl_bdlora.cluster.trace import mean_lengths
 
 # Upper ends of the buckets of the time to the first token, in seconds.
@@ -47,7 +45,7 @@ class ReplicaReport:
     """What a replica says of itself, since it started.
 
     pid: of its Ray process; server_pid: of its server. loading: adapters that are being loaded or wait for their turn.
-    cold_loads and bytes_moved: by source, "peer" or "disk".
+    cold_loads and bytes_moved: by source, "peer" or "disk". received: requests that were routed to it.
     """
 
     node: str
@@ -60,6 +58,7 @@ class ReplicaReport:
     cold_loads: dict[str, int]
     bytes_moved: dict[str, int]
     unloads: int
+    received: int = 0
 
 
 class Control:
@@ -189,10 +188,7 @@ class Control:
         self._need(required_replicas(problem, self.config.policy.headroom))
         before = self.table
         if before is None and not problem.demand.any():
-            # Nothing is known: as if every adapter were in equal use.
-            problem = replace(
-                problem, demand=np.array([self._points[a.rank] / len(self.adapters) for a in self.adapters])
-            )
+            problem = in_equal_use(problem)
         try:
             table = self._policy.plan(problem, before)
             self.problem = None
@@ -255,7 +251,8 @@ class Control:
                 "server_pid": report.server_pid if report else None,
                 "load": float(sum(part * use[a] for a, part in placed.items())), "placed": len(placed),
                 "bins": {str(rank): count for rank, count in sorted(Counter(ranks[a] for a in placed).items())},
-                "running": report.running if report else 0, "loaded": sorted(report.loaded) if report else [],
+                "running": report.running if report else 0, "received": report.received if report else 0,
+                "loaded": sorted(report.loaded) if report else [],
                 "loading": sorted(report.loading) if report else [],
                 "loaded_bytes": report.loaded_bytes if report else 0,
             })  # fmt: skip

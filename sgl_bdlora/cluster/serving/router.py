@@ -20,8 +20,8 @@ class TableRouter(RequestRouter):
     """Requests carry their adapter as multiplexed model id, and the keywords `avoid` (replicas to try last) and `prompt` (tokens)."""
 
     def initialize_state(self, **kwargs) -> None:
-        # Request -> (replica, adapter) for those that this router has sent and that have not ended.
-        self._sent: dict[str, tuple[str, str]] = {}
+        # (request, replica) -> adapter for those that this router has sent and that have not ended.
+        self._sent: dict[tuple[str, str], str] = {}
         self._healed: tuple[RoutingTable | None, frozenset[str], RoutingTable | None] = (None, frozenset(), None)
         follower.follow()
 
@@ -56,10 +56,11 @@ class TableRouter(RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result) -> None:
         metadata = pending_request.metadata
-        self._sent[metadata.internal_request_id] = (replica_id.unique_id, metadata.multiplexed_model_id)
+        self._sent[metadata.internal_request_id, replica_id.unique_id] = metadata.multiplexed_model_id
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._sent.pop(internal_request_id, None)
+        # Also told of a full replica that refused it, when another one may have it already.
+        self._sent.pop((internal_request_id, replica_id.unique_id), None)
 
     def _table_of(self, alive: frozenset[str]) -> RoutingTable | None:
         """The published table without replicas that Serve no longer runs, which the controller may not have heard of yet."""
@@ -75,7 +76,8 @@ class TableRouter(RequestRouter):
     def _view(self, by_name: dict[str, RunningReplica]) -> View:
         loaded = {name: replica.routing_stats.get("loaded", ()) for name, replica in by_name.items()}
         queued = {name: self.replica_queue_len_cache.get(replica.replica_id) or 0 for name, replica in by_name.items()}
-        return make_view(tuple(by_name), self._sent.values(), queued, loaded, follower.live.adapters)
+        sent = [(replica, adapter) for (_, replica), adapter in list(self._sent.items())]
+        return make_view(tuple(by_name), sent, queued, loaded, follower.live.adapters)
 
 
 def make_view(names: tuple[str, ...], sent, queued: dict[str, int], loaded: dict, adapters: dict[str, Adapter]) -> View:
