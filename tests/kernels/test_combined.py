@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgl_bdlora.kernels.triton_ops import TritonOps
+from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS, TritonOps
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
 
@@ -76,7 +76,10 @@ class Ranks:
 
 
 class Way(NamedTuple):
-    """How the layer is asked for. graph: launch as a graph has to, with buffers of all layers or one that they share."""
+    """How the layer is asked for. graph: launch as a graph has to, with buffers of all layers or one that they share.
+
+    whole: the layer with its updates; else only these, added to zeros.
+    """
 
     graph: bool = False
     shared: bool = False
@@ -152,10 +155,11 @@ def expected(owners: list, x: torch.Tensor, w: torch.Tensor, seed: int, scale: f
     return rows
 
 
-def close(device, got: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """In the linear kernel h keeps 12 bits of significand."""
+def close(device, got: torch.Tensor, wanted: torch.Tensor, way: Way) -> bool:
+    """In the linear kernel, whole layers of few rows, h keeps 12 bits of significand."""
     error = (got - wanted).abs().max() / wanted.abs().max()
-    return bool(error < (2**-11 if device.type == "cpu" else 2**-6))
+    bound = 2**-11 if way.whole and len(got) <= FUSED_TOKENS else 1e-5
+    return bool(error < (bound if device.type == "cpu" else 2**-6))
 
 
 def rand(seed: int, *shape: int) -> torch.Tensor:
@@ -166,17 +170,17 @@ def rand(seed: int, *shape: int) -> torch.Tensor:
 def test_column_layers(device, rows, way):
     owners, way = OWNERS[rows], WAYS[way]
     x = rand(1, len(owners), K) * 10
-    w = [rand(3 + i, n * TP, K) for i, n in enumerate(N)]
+    w = [rand(3 + i, n * TP, K) * way.whole for i, n in enumerate(N)]
     ws = [torch.cat([part.chunk(TP)[rank] for part in w]) for rank in range(TP)]
     ys = run(device, COLUMN, owners, [x] * TP, ws, way)
     for i, n in enumerate(N):
         part = torch.cat([y[:, sum(N[:i]) : sum(N[:i]) + n] for y in ys], dim=1)
-        assert close(device, part, expected(owners, x, w[i], i, 0.5 + i))
+        assert close(device, part, expected(owners, x, w[i], i, 0.5 + i), way)
 
 
 @pytest.mark.parametrize(("rows", "way"), CASES)
 def test_row_layers(device, rows, way):
     owners, way = OWNERS[rows], WAYS[way]
-    x, w = rand(2, len(owners), K * TP) * 10, rand(6, N[0], K * TP)
+    x, w = rand(2, len(owners), K * TP) * 10, rand(6, N[0], K * TP) * way.whole
     ys = run(device, ROW, owners, x.chunk(TP, dim=1), w.chunk(TP, dim=1), way)
-    assert close(device, sum(ys), expected(owners, x, w, 7, 2.0))
+    assert close(device, sum(ys), expected(owners, x, w, 7, 2.0), way)
