@@ -22,6 +22,8 @@ MAX_BYTES = 2**34
 _BLOCK = 2**23
 POLL_S = 0.01
 _reader = ThreadPoolExecutor(1, "bdlora-reader")
+# Loads under way: as many as the ranks keep prepared.
+_turns = asyncio.Semaphore(preparing.WAITING)
 # The event loop alone would not keep them.
 _loads: set[asyncio.Future] = set()
 
@@ -42,9 +44,10 @@ async def around_load_lora_adapter(original, manager, obj, request=None):
 
 async def _read_and_load(original, manager, obj, request):
     loop = asyncio.get_running_loop()
-    await loop.run_in_executor(_reader, warm, obj.lora_name, obj.lora_path, config.options().adapter_root)
-    await _prepare(manager, obj)
-    return await original(manager, obj, request)
+    async with _turns:
+        await loop.run_in_executor(_reader, warm, obj.lora_name, obj.lora_path, config.options().adapter_root)
+        await _prepare(manager, obj)
+        return await original(manager, obj, request)
 
 
 async def _prepare(manager, obj) -> None:

@@ -1,9 +1,9 @@
 """Cutting an adapter's pieces beside the batches.
 
-A rank works on requests and loads in one loop: while it reads and cuts an adapter (0.3 GB/s to 1 GB/s), nobody gets a token. So a load has
-two parts. First the launcher asks every rank to prepare the adapter (loading.py): what may take the main thread is done at once, the
-pieces are cut by another thread, and the launcher asks again until that is done. Then SGLang's own load comes to all ranks, takes what was
-prepared, and agrees on it. Whatever goes wrong before is said by that load.
+A rank works on requests and loads in one loop: while it reads and cuts an adapter, nobody gets a token, 0.85 s for 386 MB on two cores.
+So a load has two parts. First the launcher asks every rank to prepare the adapter (loading.py): what needs the main thread is done at
+once, the pieces are cut by another thread, and the launcher asks again until that is done. Then SGLang's own load comes to all ranks,
+takes what was prepared, and agrees on it. Whatever goes wrong before is said by that load.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from sgl_bdlora.sharding import AdapterShard
 
 # How the launcher marks the requests that only prepare, in place of an adapter's id.
 BEGIN, POLL = "bdlora-begin-", "bdlora-poll-"
-# Prepared adapters that wait for their load; more are forgotten, oldest first.
+# Prepared adapters that wait for their load: the launcher begins no more (loading.py); should loads fail to come, the oldest is forgotten.
 WAITING = 4
 
 _tokens = itertools.count()

@@ -196,6 +196,28 @@ def test_the_ranks_prepare_before_they_load(monkeypatch):
     assert len({ask.lora_id.rpartition("-")[2] for ask in asks}) == 1
 
 
+def test_no_more_loads_are_under_way_than_the_ranks_keep_prepared(monkeypatch):
+    under_way, most, done = set(), 0, []
+
+    async def load(manager, obj, request):
+        nonlocal most
+        most = max(most, len(under_way))
+        await asyncio.sleep(0.01)
+        under_way.discard(obj.lora_name)
+        done.append(obj.lora_name)
+
+    async def loads():
+        manager = launcher()
+        requests = [SimpleNamespace(lora_name=str(i), lora_path="here") for i in range(3 * preparing.WAITING)]
+        await asyncio.gather(*(loading.around_load_lora_adapter(load, manager, request) for request in requests))
+
+    monkeypatch.setattr(loading, "_turns", asyncio.Semaphore(preparing.WAITING))
+    monkeypatch.setattr(loading, "warm", lambda name, *_: under_way.add(name))
+    asyncio.run(loads())
+    assert most == preparing.WAITING
+    assert len(done) == 3 * preparing.WAITING
+
+
 class Cutter:
     """Preparations whose cutting waits until it is released."""
 
