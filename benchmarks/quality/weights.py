@@ -1,8 +1,8 @@
 """A base model in few megabytes, to be carried to a machine without a network.
 
-The demo model comes as 4-bit GGUF blocks. `pack` keeps those bytes, under the names of the converted model and in its row order, and checks
-that `unpack` gives the converted bfloat16 weights back bit for bit: 96 MB instead of 269. Other models travel as they are. Parts are of
-about PART bytes, so that each fits into one transfer.
+A packaged model comes as quantised GGUF blocks. `pack` keeps those bytes, under the names of the converted model and in its row order, and
+checks that `unpack` gives the converted bfloat16 weights back bit for bit: 96 MB instead of 269 for the demo model. Other models travel as
+they are. Parts are of about PART bytes, so that each fits into one transfer.
 """
 
 import json
@@ -17,33 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import rms_norm
 
 PART = 50 * 10**6
+PLAIN = "plain"
 _NAMES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }  # fmt: skip
 
 
-def decode_q4_1(raw: torch.Tensor) -> torch.Tensor:
-    """raw (rows, 20 n) uint8 -> (rows, 32 n) float32. A block: scale and minimum in float16, then 32 4-bit numbers, low halves first."""
-    blocks = raw.view(raw.shape[0], -1, 20)
-    scale, least = blocks[..., :4].contiguous().view(torch.float16).float().split(1, dim=-1)
-    halves = torch.cat([blocks[..., 4:] & 15, blocks[..., 4:] >> 4], dim=-1)
-    return (halves * scale + least).flatten(1)
-
-
-def decode_q8_0(raw: torch.Tensor) -> torch.Tensor:
-    """raw (rows, 34 n) uint8 -> (rows, 32 n) float32. A block: scale in float16, then 32 signed bytes."""
-    blocks = raw.view(raw.shape[0], -1, 34)
-    scale = blocks[..., :2].contiguous().view(torch.float16).float()
-    return (blocks[..., 2:].contiguous().view(torch.int8) * scale).flatten(1)
-
-
-_DECODERS = {"Q4_1": decode_q4_1, "Q8_0": decode_q8_0}
-
-
 def pack(model: Path, target: Path, gguf: Path | None = None, largest: int = PART) -> None:
-    """Write the model in directory `model` to `target`, from the 4-bit `gguf` that it was converted from if there is one.
+    """Write the model in directory `model` to `target`, from the quantised `gguf` that it was converted from if there is one.
 
     largest: bytes of a part, unless one tensor is larger.
     """
@@ -51,7 +33,7 @@ def pack(model: Path, target: Path, gguf: Path | None = None, largest: int = PAR
     shutil.copy(model / "config.json", target / "config.json")
     with safe_open(model / "model.safetensors", framework="pt") as file:
         whole = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
-    kept = {name: (tensor, "plain") for name, tensor in whole.items()}
+    kept = {name: (tensor, PLAIN) for name, tensor in whole.items()}
     if gguf is not None:
         kept |= _blocks(gguf, json.loads((model / "config.json").read_text()))
     part, size, parts = {}, 0, []
@@ -79,9 +61,16 @@ def unpack(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch
             raise SystemExit(f"{part} is missing: copy all {index['parts']} parts of the prepared folder")
         tensors |= load_file(part)
     return {
-        name: _DECODERS[kind](tensors[name]).to(dtype) if kind in _DECODERS else tensors[name].to(dtype)
+        name: (tensors[name] if kind == PLAIN else decode(tensors[name], kind)).to(dtype)
         for name, kind in index["kinds"].items()
     }
+
+
+def decode(raw: torch.Tensor, kind: str) -> torch.Tensor:
+    """raw (rows, bytes) uint8, kind: GGUF's type of its blocks, "Q4_1" -> (rows, columns) float32."""
+    from gguf import GGMLQuantizationType, dequantize
+
+    return torch.from_numpy(dequantize(raw.numpy(), GGMLQuantizationType[kind]))
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
@@ -111,13 +100,13 @@ def fuse_norms(model):
 
 
 def _blocks(gguf: Path, config: dict) -> dict[str, tuple[torch.Tensor, str]]:
-    """The quantised matrices of a Llama's GGUF by the names of Transformers: raw rows (rows, bytes) and their type."""
+    """The quantised matrices of a GGUF file by the names of Transformers: raw rows (rows, bytes) and their type."""
     from gguf import GGUFReader
 
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     found = {}
     for tensor in GGUFReader(gguf).tensors:
-        if tensor.tensor_type.name not in _DECODERS:
+        if tensor.tensor_type.name in ("F32", "F16"):
             continue
         raw = torch.from_numpy(tensor.data.copy())
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)
@@ -125,9 +114,8 @@ def _blocks(gguf: Path, config: dict) -> dict[str, tuple[torch.Tensor, str]]:
             found["model.embed_tokens.weight"] = (raw, tensor.tensor_type.name)
             continue
         layer, kind = match.groups()
-        if kind in ("attn_q", "attn_k"):
-            # GGUF interleaves the two halves of each head's rotary dimensions.
-            n = heads if kind == "attn_q" else kv_heads
-            raw = raw.view(n, -1, 2, raw.shape[1]).transpose(1, 2).reshape(raw.shape)
+        if kind in heads and config["model_type"] == "llama":
+            # A Llama's GGUF interleaves the two halves of each head's rotary dimensions.
+            raw = raw.view(heads[kind], -1, 2, raw.shape[1]).transpose(1, 2).reshape(raw.shape)
         found[f"model.layers.{layer}.{_NAMES[kind]}.weight"] = (raw, tensor.tensor_type.name)
     return found
