@@ -1,7 +1,7 @@
-"""Loads: what takes long about them holds up nobody else, and they are not left half done.
+"""The launcher's part of a load: what takes long holds up nobody else, and no load is left half done.
 
-The launcher reads an adapter's files first, in a thread, so that the ranks find them in the page cache (where it is the same machine); then
-it has the ranks cut their pieces beside the batches (preparing.py); then SGLang's load goes on, which all requests wait for.
+It reads an adapter's files first, in a thread, so that the ranks find them in the page cache (where it is the same machine); then it has
+the ranks cut their pieces beside the batches (preparing.py); then SGLang's load goes on, which all requests wait for (loader.py).
 """
 
 import asyncio

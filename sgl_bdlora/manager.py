@@ -1,14 +1,13 @@
-"""The LoRA manager of one rank: loads adapters into host memory, keeps the pool, prepares each batch.
+"""The LoRA manager of one rank: puts LoRA into the model's layers, and prepares each batch.
 
 A subclass of SGLang's LoRAManager: the model runner, the scheduler and the CUDA graph runners keep talking to the interface they
-know (sglang/srt/lora/lora_manager.py); what an adapter is and where its weights lie is ours.
+know (sglang/srt/lora/lora_manager.py); what an adapter is and where its weights lie is ours. How adapters are loaded: loader.py.
 """
 
 import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 
 import torch
 from sglang.srt.distributed import get_tp_group
@@ -18,17 +17,15 @@ from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from sgl_bdlora import config
-from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, read_adapter
-from sgl_bdlora.adapters.check import check_rank
-from sgl_bdlora.adapters.root import confined
 from sgl_bdlora.admission import Admission, Waiting
 from sgl_bdlora.layers import embedding
 from sgl_bdlora.layers.host import host_layers, vocabulary_layers
 from sgl_bdlora.layers.linear import LoRALinearMethod
+from sgl_bdlora.loader import AdapterLoader
 from sgl_bdlora.memory_pool import MemoryPool, Resident
 from sgl_bdlora.metrics import engines
-from sgl_bdlora.preparing import BEGIN, POLL, Preparations
-from sgl_bdlora.sharding import AdapterShard, HostModel, even_out, layer_sizes, shard_adapter
+from sgl_bdlora.preparing import BEGIN, POLL
+from sgl_bdlora.sharding import AdapterShard, HostModel
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +43,7 @@ class BDLoRAManager(LoRAManager):
         refuse_padded_model(self.base_hf_config, self.tp_size)
         self.max_lora_rank = max_lora_rank or config.DEFAULT_MAX_RANK
         self.sharding = options.lora_sharding
-        self.shards: dict[str, AdapterShard] = {}
-        self.lora_refs: dict[str, LoRARef] = {}
         self.last_used: dict[str, float] = {}
-        self.num_pinned_loras = 0
         # loads, load_failures and unloads since the start.
         self.counts: Counter[str] = Counter()
         self._published = (0, 0)
@@ -66,8 +60,11 @@ class BDLoRAManager(LoRAManager):
             hosts.append(host)
         self.host = HostModel(hosts)
         self.memory_pool = MemoryPool(options.lora_pool_bytes, self.dtype, self.device, self.max_loras_per_batch)
-        self.admission = Admission(self.memory_pool, self.shards, self._pinned)
-        self.preparations = Preparations(self._read, self._cut)
+        self.loader = AdapterLoader(
+            self.memory_pool, self.host, self.sharding, self.max_lora_rank, self.lora_backend.prepare, self.all_ranks
+        )
+        self.shards, self.lora_refs = self.loader.shards, self.loader.refs
+        self.admission = Admission(self.memory_pool, self.shards, self.loader.pinned)
         combines = self.sharding == "s-lora" and self.tp_size > 1
         # The default limit says nothing about the ranks that will come.
         expected = self.max_lora_rank if self.max_lora_rank < config.DEFAULT_MAX_RANK else 0
@@ -95,7 +92,7 @@ class BDLoRAManager(LoRAManager):
         """
         name, path, uid = lora_ref.lora_name, lora_ref.lora_path, lora_ref.lora_id
         if uid.startswith((BEGIN, POLL)):
-            return self.create_lora_update_result(success=self.preparations.ask(uid, name, path))
+            return self.create_lora_update_result(success=self.loader.preparations.ask(uid, name, path))
         logger.info("LoRA adapter loading starts: %s.", lora_ref)
         result = self._load_lora_adapter(lora_ref)
         logger.info("LoRA adapter loading completes: %s.", lora_ref)
@@ -108,70 +105,26 @@ class BDLoRAManager(LoRAManager):
         return result
 
     def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
-        name, path = lora_ref.lora_name, lora_ref.lora_path
-        prepared = self.preparations.take(name, path)
-
-        def read() -> tuple[Adapter, AdapterShard]:
-            if prepared is not None:
-                shard = prepared.shard.result()
-                return prepared.adapter, shard
-            adapter = self._read(name, path)
-            return adapter, self._cut(adapter)
-
-        return self._load(lora_ref, read)
+        return self._load_result(self.loader.load(lora_ref))
 
     def _load_lora_adapter_from_tensors(
         self, lora_ref: LoRARef, tensors: dict[str, torch.Tensor], config_dict: dict, added_tokens_config=None
     ) -> LoRAUpdateOutput:
-        def read() -> tuple[Adapter, AdapterShard]:
-            adapter = adapter_from_tensors(lora_ref.lora_name, tensors, config_dict)
-            return adapter, self._cut(adapter)
+        return self._load_result(self.loader.load_tensors(lora_ref, tensors, config_dict))
 
-        return self._load(lora_ref, read)
-
-    def _read(self, name: str, path: str) -> Adapter:
-        """Open the adapter and check what needs neither its values nor the base model."""
-        self._check_name(name)
-        return read_adapter(confined(name, path, config.options().adapter_root), name)
-
-    def _cut(self, adapter: Adapter) -> AdapterShard:
-        """This rank's pieces, in any thread."""
-        check_rank(adapter, self.max_lora_rank)
-        pin = self.device.type == "cuda"
-        with torch.cuda.device(self.device) if pin else nullcontext():
-            return shard_adapter(adapter, self.host, self.dtype, self.sharding, pin=pin)
-
-    def _load(self, lora_ref: LoRARef, read) -> LoRAUpdateOutput:
-        """Load one adapter, on every rank or on none. read: gives the adapter and this rank's pieces."""
-        result = self._load_on_all(lora_ref, read)
-        self.counts["loads" if result.success else "load_failures"] += 1
+    def _load_result(self, error: str | None) -> LoRAUpdateOutput:
+        self.counts["loads" if error is None else "load_failures"] += 1
         engines.publish(self)
-        return result
+        return self.create_lora_update_result(success=error is None, error_message=error or "")
 
-    def _load_on_all(self, lora_ref: LoRARef, read) -> LoRAUpdateOutput:
-        shard, error = None, None
-        try:
-            self._check_ref(lora_ref)
-            adapter, shard = read()
-            adapter.check_unchanged()
-        except Exception as failure:
-            error = _why(lora_ref.lora_name, failure)
-        ranks = self.all_ranks((error, layer_sizes(shard) if shard else {}))
-        error = next((theirs for theirs, _ in ranks if theirs is not None), None)
-        if error is None:
-            try:
-                shard = even_out(shard, [sizes for _, sizes in ranks])
-                self._check_bytes(shard, bool(lora_ref.pinned))
-                self.lora_backend.prepare(shard)
-            except Exception as failure:
-                error = _why(lora_ref.lora_name, failure)
-            # Memory can be too little on one rank alone.
-            error = next((theirs for theirs in self.all_ranks(error) if theirs is not None), None)
-        if error is not None:
-            return self.create_lora_update_result(success=False, error_message=error)
-        self.shards[lora_ref.lora_id] = shard
-        self.lora_refs[lora_ref.lora_id] = lora_ref
-        self.num_pinned_loras += int(bool(lora_ref.pinned))
+    def _unload_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        if not self.loader.unload(lora_ref.lora_id):
+            return self.create_lora_update_result(
+                success=False, error_message=f"LoRA adapter {lora_ref.lora_name!r} is not loaded."
+            )
+        self.last_used.pop(lora_ref.lora_id, None)
+        self.counts["unloads"] += 1
+        engines.publish(self)
         return self.create_lora_update_result(success=True)
 
     def all_ranks(self, mine):
@@ -181,49 +134,6 @@ class BDLoRAManager(LoRAManager):
         everyone: list = [None] * self.tp_size
         torch.distributed.all_gather_object(everyone, mine, group=get_tp_group().cpu_group)
         return everyone
-
-    def _check_name(self, name: str) -> None:
-        if any(ref.lora_name == name for ref in self.lora_refs.values()):
-            raise AdapterError(name, f"lora_name {name!r} is already loaded", "unload that first, or use another name")
-
-    def _check_ref(self, lora_ref: LoRARef) -> None:
-        name = lora_ref.lora_name
-        self._check_name(name)
-        if lora_ref.pinned and self.num_pinned_loras >= self.max_loras_per_batch - 1:
-            raise AdapterError(
-                name,
-                f"pinned = True, but {self.num_pinned_loras} adapters are pinned and --max-loras-per-batch is "
-                f"{self.max_loras_per_batch}, which has to leave a place for others",
-                "load it unpinned, or raise --max-loras-per-batch",
-            )
-
-    def _check_bytes(self, shard: AdapterShard, pinned: bool) -> None:
-        """Refuse what could never become resident, or would keep another adapter from it: its requests would wait for ever."""
-        pinned_ids = self._pinned()
-        fixed = sum(self.shards[uid].nbytes for uid in pinned_ids)
-        unpinned = max((other.nbytes for uid, other in self.shards.items() if uid not in pinned_ids), default=0)
-        if fixed + shard.nbytes + (unpinned if pinned else 0) <= self.memory_pool.budget:
-            return
-        raise AdapterError(
-            shard.name,
-            f"its weights take {shard.nbytes} bytes on a rank; the LoRA memory pool has {self.memory_pool.budget}, of which pinned "
-            f"adapters keep {fixed}" + (f", and the largest unpinned one needs {unpinned}" if pinned else ""),
-            "raise --lora-pool-gb, or pin fewer adapters",
-        )
-
-    def _unload_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
-        known = self.lora_refs.pop(lora_ref.lora_id, None)
-        if known is None:
-            return self.create_lora_update_result(
-                success=False, error_message=f"LoRA adapter {lora_ref.lora_name!r} is not loaded."
-            )
-        self.memory_pool.remove(known.lora_id)
-        del self.shards[known.lora_id]
-        self.last_used.pop(known.lora_id, None)
-        self.num_pinned_loras -= int(bool(known.pinned))
-        self.counts["unloads"] += 1
-        engines.publish(self)
-        return self.create_lora_update_result(success=True)
 
     # Batches
 
@@ -240,7 +150,7 @@ class BDLoRAManager(LoRAManager):
         """Make the adapters of the next batch resident."""
         wanted = (new_loras | running_loras) - {None}
         self.last_used.update(dict.fromkeys(wanted, time.time()))
-        self.memory_pool.ensure({uid: self.shards[uid] for uid in wanted}, protected=self._pinned())
+        self.memory_pool.ensure({uid: self.shards[uid] for uid in wanted}, protected=self.loader.pinned())
         copies = (self.memory_pool.loads, self.memory_pool.evictions)
         if copies != self._published:
             self._published = copies
@@ -280,23 +190,6 @@ class BDLoRAManager(LoRAManager):
         for uid, shard in self.shards.items():
             if self.memory_pool.get(uid) is not None:
                 yield self.lora_refs[uid], shard
-
-    def _pinned(self) -> set[str]:
-        return {uid for uid, ref in self.lora_refs.items() if ref.pinned}
-
-
-def _why(name: str, failure: Exception) -> str:
-    """What to answer when adapter `name` cannot be loaded."""
-    if isinstance(failure, AdapterError):
-        return str(failure)
-    logger.error("sgl-bdlora: loading adapter %r failed", name, exc_info=failure)
-    if isinstance(failure, OSError) and failure.filename is not None:
-        return str(
-            AdapterError(
-                name, f"{failure.filename}: {failure.strerror}", "check the disk, and load it when it is whole"
-            )
-        )
-    return f"LoRA adapter {name!r}: {type(failure).__name__}: {failure}"
 
 
 def _rows_per_request(forward_batch: ForwardBatch) -> list[int]:

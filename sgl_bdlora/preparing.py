@@ -3,7 +3,7 @@
 A rank works on requests and loads in one loop: while it reads and cuts an adapter, nobody gets a token, 0.85 s for 386 MB on two cores.
 So a load has two parts. First the launcher asks every rank to prepare the adapter (loading.py): what needs the main thread is done at
 once, the pieces are cut by another thread, and the launcher asks again until that is done. Then SGLang's own load comes to all ranks,
-takes what was prepared, and agrees on it. Whatever goes wrong before is said by that load.
+takes what was prepared, and agrees on it (loader.py). Whatever goes wrong before is said by that load.
 """
 
 import itertools

@@ -18,7 +18,7 @@ def register() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register("sgl_bdlora.manager.read_adapter", _read, HookType.AROUND)
+    HookRegistry.register("sgl_bdlora.loader.read_adapter", _read, HookType.AROUND)
     HookRegistry.register("sgl_bdlora.kernels.backend.BDLoRABackend.prepare", _prepare, HookType.AROUND)
 
 
