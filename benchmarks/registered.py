@@ -16,8 +16,9 @@ from pathlib import Path
 import httpx
 
 from benchmarks import files
-from benchmarks.process import ServerProcess, free_port
+from benchmarks.failures import Failures
 from benchmarks.record import RESULTS, Rows
+from sgl_bdlora.server_process import ServerProcess, free_port
 
 ADMIN, TENANT = "the administrator's key", "the key of a tenant"
 ROUTES = {
@@ -42,11 +43,12 @@ def main(argv: list[str]) -> int:
     if args.adapters < 1:
         parser.error("--adapters has to be 1 or more")
     rows = Rows(args.output, benchmark="registered", model=files.TINY.name, adapters=args.adapters)
-    with tempfile.TemporaryDirectory(prefix="registered-") as folder:
+    failures = Failures(rows)
+    with tempfile.TemporaryDirectory(prefix="registered-") as folder, failures.of(server="ours"):
         command = _command(Path(folder), args.adapters)
         url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
         begun = time.monotonic()
-        with ServerProcess(command, {}, url, Path(folder, "server.log"), START_S):
+        with ServerProcess(command, {}, url, rows.path.with_suffix(".log"), START_S):
             seconds = time.monotonic() - begun
             rows.write(kind="start", seconds=round(seconds, 1))
             print(f"{'start':24s} {seconds:8.1f} s")
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
                     who = "tenant" if key == TENANT else "administrator"
                     rows.write(kind="route", route=route, who=who, milliseconds=round(milliseconds, 1), bytes=size)
                     print(f"{route:24s} {milliseconds:8.1f} ms {size:9d} bytes  {who}")
-    return 0
+    return 1 if failures.seen else 0
 
 
 def _command(folder: Path, count: int) -> list[str]:

@@ -9,7 +9,6 @@ Plain adapters are served in S-LoRA's sharding, so that the page can compare it 
 
 import argparse
 import asyncio
-import contextlib
 import importlib.util
 import json
 import os
@@ -24,11 +23,13 @@ from pathlib import Path
 import httpx
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from sgl_bdlora.adapters import Adapter, read_adapter
 from sgl_bdlora.demo_model import DemoModelError, ensure_demo_model
+from sgl_bdlora.server_process import ServerProcess, StartFailed, end_group
 from sgl_bdlora.sharding import HostLayer, HostSlice, Span, layout_for
 
 ADAPTERS = Path(__file__).resolve().parent.parent / "examples" / "adapters"
@@ -64,8 +65,9 @@ def main(argv: list[str]) -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         return run(args)
-    except (DemoModelError, DemoError) as problem:
-        console.print(f"[bold red]{problem}[/]")
+    except (DemoModelError, DemoError, StartFailed) as problem:
+        # A log has brackets of its own.
+        console.print(str(problem), style="bold red", markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -82,9 +84,10 @@ def run(args: argparse.Namespace) -> int:
     tp = args.tp or default_tp()
     log = Path(args.log).resolve()
     console.print(f"Starting the server: {model.name}, tensor parallelism {tp}, {len(adapters)} adapters (log: {log})")
-    server, page = start_server(model, tp, adapters, args.port, log), None
+    server, page = make_server(model, tp, adapters, args.port, log), None
+    server.start()
     try:
-        wait_until_ready(server, args.port, log)
+        wait_until_ready(server)
         requests = [Request(None, next(iter(adapters.values()))[1])]
         requests += [Request(adapter, prompt) for adapter, prompt in adapters.values()]
         console.print(f"Sending one mixed batch of {len(requests)} requests ...")
@@ -95,21 +98,21 @@ def run(args: argparse.Namespace) -> int:
         # Not through the console, which would break the command into lines.
         print(how_to_call(args.port, requests[1]), flush=True)
         page = start_page(args.port, args.app_port)
-        while server.poll() is None:
+        while server.ended() is None:
             if page is not None and page.poll() is not None:
                 console.print(f"The page ended (exit code {page.returncode}); the server stays up.")
                 page = None
             time.sleep(0.5)
         raise DemoError(
-            f"The server ended by itself (exit code {server.returncode}). The end of its log:\n{_tail(log)}"
+            f"The server ended by itself (exit code {server.ended()}). The end of its log:\n{server.tail()}"
         )
     except KeyboardInterrupt:
         console.print("Stopping.")
         return 0
     finally:
         if page is not None:
-            stop(page)
-        stop(server)
+            end_group(page)
+        server.stop()
 
 
 def check_machine(ports: list[int]) -> None:
@@ -142,7 +145,7 @@ def default_tp() -> int:
     return TP if gpus == 0 or gpus >= TP else 1
 
 
-def start_server(model: Path, tp: int, adapters: dict, port: int, log: Path) -> subprocess.Popen:
+def make_server(model: Path, tp: int, adapters: dict, port: int, log: Path) -> ServerProcess:
     command = [sys.executable, "-m", "sgl_bdlora.launch_server", "--model-path", str(model), "--tp", str(tp)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2"]
     command += [
@@ -158,26 +161,13 @@ def start_server(model: Path, tp: int, adapters: dict, port: int, log: Path) -> 
         command += ["--dtype", "float32"]
     command += ["--lora-sharding", "s-lora"]
     command += ["--lora-paths", *(f"{name}={adapter.source}" for name, (adapter, _) in adapters.items())]
-    with log.open("w") as out:
-        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    return ServerProcess(command, {}, f"http://127.0.0.1:{port}", log, START_LIMIT_S)
 
 
-def wait_until_ready(server: subprocess.Popen, port: int, log: Path) -> None:
+def wait_until_ready(server: ServerProcess) -> None:
     begin = time.monotonic()
     with console.status("Server starting ...") as status:
-        while True:
-            waited = time.monotonic() - begin
-            if server.poll() is not None:
-                raise DemoError(f"The server ended (exit code {server.returncode}). The end of its log:\n{_tail(log)}")
-            if waited > START_LIMIT_S:
-                raise DemoError(f"The server was not ready after {START_LIMIT_S} s. The end of its log:\n{_tail(log)}")
-            status.update(f"Server starting, {waited:.0f} s: {_last_line(log)}")
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.5)
+        server.wait(lambda seconds, line: status.update(f"Server starting, {seconds:.0f} s: {escape(line[:100])}"))
     console.print(f"Server ready after {time.monotonic() - begin:.0f} s.")
 
 
@@ -268,29 +258,10 @@ def start_page(port: int, app_port: int) -> subprocess.Popen | None:
     return subprocess.Popen(command, start_new_session=True)
 
 
-def stop(process: subprocess.Popen) -> None:
-    """Let it end its processes itself; what is left after that goes with its session."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(10)
-
-
 def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[-5:] if line.strip()]
-    return lines[-1][:100] if lines else ""
-
-
-def _tail(log: Path, lines: int = 20) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from pathlib import Path
 import httpx
 from tqdm import tqdm
 
+from benchmarks.failures import Failures
 from benchmarks.files import (
     LLAMA_8B,
     TINY,
@@ -30,8 +31,8 @@ from benchmarks.files import (
     write_adapters,
     write_model,
 )
-from benchmarks.process import ServerProcess, StartFailed, free_port
 from benchmarks.record import RESULTS, Rows, gpu_name
+from sgl_bdlora.server_process import ServerProcess, free_port
 
 from . import plot
 from .arms import ARMS, Setup, command, name
@@ -111,6 +112,7 @@ class Cliff:
             dtype=str(shape.dtype).removeprefix("torch."), prompt_tokens=args.prompt, output_tokens=args.output_tokens,
             zipf=args.zipf, cv=args.cv, seed=args.seed, max_running=args.max_running, extra_arguments=args.extra_arguments,
         )  # fmt: skip
+        self.failures = Failures(self.rows)
 
     def run(self) -> int:
         args = self.args
@@ -124,15 +126,11 @@ class Cliff:
             args.extra_arguments, args.extra_stock, args.extra_ours,
         )  # fmt: skip
         for arm in args.arms:
-            try:
+            with self.failures.of(arm=arm):
                 self._run_arm(arm, setup)
-            except (StartFailed, RuntimeError, TimeoutError, httpx.HTTPError) as error:
-                self.failed = True
-                self.rows.write(kind="error", arm=arm, message=str(error))
-                print(f"{arm}: {error}", file=sys.stderr, flush=True)
             self._draw()
         print(self.rows.path)
-        return 1 if self.failed else 0
+        return 1 if self.failed or self.failures.seen else 0
 
     def _draw(self) -> None:
         picture = self.rows.path.with_suffix(".png")

@@ -29,13 +29,13 @@ import yaml
 
 from benchmarks.cluster.client import client, replay, send
 from benchmarks.files import Shape, write_adapter, write_model
-from benchmarks.process import free_port
 from benchmarks.record import RESULTS, Rows
 from sgl_bdlora.cluster.config import load_config
 from sgl_bdlora.cluster.costs import Costs, fit
 from sgl_bdlora.cluster.serving.catalog import read_catalog
 from sgl_bdlora.cluster.simulate import simulate
 from sgl_bdlora.cluster.trace import Trace, make_trace
+from sgl_bdlora.server_process import free_port
 
 SHAPE = Shape("llama of 25M parameters", 512, 1376, 8, 8, 8, 512, torch.float32)
 RANKS = (4, 8, 16, 32)

@@ -32,12 +32,12 @@ import httpx
 from benchmarks.cluster.client import Sent, client, replay, send
 from benchmarks.cluster.compared import ASKED, DRAIN_S, against_simulator, point, table
 from benchmarks.files import LLAMA_8B, MODULES, TINY, Shape, write_adapter, write_model
-from benchmarks.process import free_port
 from benchmarks.record import RESULTS, Rows, gpu_name, read_rows
 from sgl_bdlora.cluster.config import ClusterConfig, from_dict
 from sgl_bdlora.cluster.policies import NAMES
 from sgl_bdlora.cluster.serving.catalog import read_catalog
 from sgl_bdlora.cluster.trace import make_trace
+from sgl_bdlora.server_process import free_port
 
 # Rank to adapters: 3.3 GiB with the 8B shape, of which a replica's pool of 2 GiB holds the half and not all.
 ADAPTERS = {8: 24, 16: 8, 32: 4, 64: 2, 128: 1}

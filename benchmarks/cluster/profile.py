@@ -25,13 +25,14 @@ import httpx
 
 from benchmarks.cluster.points import ADAPTERS, DECODE, PREFILL, Point
 from benchmarks.cluster.profiled import report, write_defaults
+from benchmarks.failures import Failures
 from benchmarks.files import LLAMA_8B, TINY, Shape, bytes_per_rank, write_adapter, write_model
 from benchmarks.latency.arms import Setup, command
 from benchmarks.latency.mixes import adapters_of, mix
 from benchmarks.latency.timing import decode_s, random_ids, time_batches
-from benchmarks.process import ServerProcess, StartFailed, free_port
 from benchmarks.record import RESULTS, Rows, gpu_name, read_rows
 from sgl_bdlora.cluster.costs import DEFAULTS
+from sgl_bdlora.server_process import ServerProcess, free_port
 
 ARMS = {"ours": "our kernels, plain adapters", "stock": "SGLang's own LoRA (csgmv), the same adapters"}
 # What one prefill batch takes; the largest point has as many.
@@ -91,12 +92,13 @@ class Profile:
     """One run: files, then each arm's server and its points."""
 
     def __init__(self, args: argparse.Namespace, shape: Shape, folder: Path):
-        self.args, self.shape, self.failed = args, shape, False
+        self.args, self.shape = args, shape
         self.folder = folder / f"{shape.name.replace(' ', '-')}-{shape.layers}"
         self.rows = Rows(
             args.output, benchmark="profile", device=args.device, model=shape.name, layers=shape.layers, tp=args.tp,
             repeats=args.repeats, extra_arguments=args.extra_arguments,
         )  # fmt: skip
+        self.failures = Failures(self.rows)
 
     def run(self) -> int:
         model = self.folder / "model"
@@ -111,18 +113,11 @@ class Profile:
             for a in adapters_of(mix(f"{rank}x{count}"), None)
         }
         for arm in self.args.arms:
-            try:
+            with self.failures.of(arm=arm):
                 self._run_arm(arm, adapters)
-            except (StartFailed, httpx.HTTPError) as error:
-                self._failed(arm, str(error))
         report(read_rows(self.rows.path), self.rows.path)
         print(self.rows.path)
-        return 1 if self.failed else 0
-
-    def _failed(self, arm: str, message: str) -> None:
-        self.failed = True
-        self.rows.write(kind="error", arm=arm, message=message)
-        print(f"{arm}: {message}", file=sys.stderr, flush=True)
+        return 1 if self.failures.seen else 0
 
     def _folder_of(self, rank: int) -> Path:
         folder = self.folder / f"r{rank}"
@@ -155,7 +150,7 @@ class Profile:
                 try:
                     self._measure(server.url, arm, kind, point)
                 except httpx.HTTPStatusError as error:
-                    self._failed(arm, f"{kind} {point}: {error.response.text[:300]}")
+                    self.failures.add(f"{kind} {point}: {error.response.text[:300]}", arm=arm)
 
     def _measure(self, url: str, arm: str, kind: str, point: Point) -> None:
         adapters = adapters_of(point.chosen, None)

@@ -24,9 +24,9 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 from tqdm import tqdm
 
+from benchmarks.failures import Failures
 from benchmarks.files import (
     ATTENTION,
     LLAMA_8B,
@@ -40,8 +40,8 @@ from benchmarks.files import (
     write_adapter,
     write_model,
 )
-from benchmarks.process import ServerProcess, StartFailed, free_port
 from benchmarks.record import RESULTS, Rows, gpu_name, read_rows
+from sgl_bdlora.server_process import ServerProcess, free_port
 
 from . import plot
 from .arms import AGAIN, ARMS, BASE_ONLY, SERVERS, Setup, command
@@ -149,11 +149,11 @@ class Latency:
         self.points: list[dict] = []
         self.end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
         self.left = 0
-        self.failed = False
         self.rows = Rows(
             args.output, benchmark="latency", device=args.device, model=shape.name, layers=shape.layers, tp=args.tp,
             repeats=args.repeats, extra_arguments=args.extra_arguments, modules=args.modules,
         )  # fmt: skip
+        self.failures = Failures(self.rows)
         if args.resume and args.output.exists():
             self.points = [row for row in read_rows(args.output) if self._is_point_of_this(row)]
             print(f"{len(self.points)} points are in {args.output}", flush=True)
@@ -181,21 +181,21 @@ class Latency:
         else:
             for server, points in todo.items():
                 if self._may_go_on(server):
-                    with self._reporting(server), self._server(server) as running:
+                    with self.failures.of(server=server), self._server(server) as running:
                         self._measure_all(running.url, server, points)
                 else:
                     self.left += len(points)
         self._summarize()
         if self.left:
             print(f"left: {self.left} points; the same command with --resume goes on")
-        return 1 if self.failed else 3 if self.left else 0
+        return 1 if self.failures.seen else 3 if self.left else 0
 
     def _run_together(self, todo: dict[str, list["Point"]]) -> None:
         """The server without LoRA is asked first and last."""
         urls = {}
 
         def start(server: str) -> None:
-            with self._reporting(server):
+            with self.failures.of(server=server):
                 urls[server] = running.enter_context(self._server(server)).url
 
         with ExitStack() as running:
@@ -204,21 +204,11 @@ class Latency:
             for server, points in todo.items():
                 url = urls.get("no-lora" if server == AGAIN else server)
                 if url is not None:
-                    with self._reporting(server):
+                    with self.failures.of(server=server):
                         self._measure_all(url, server, points)
 
     def _may_go_on(self, server: str) -> bool:
         return server == AGAIN or time.monotonic() <= self.end
-
-    @contextmanager
-    def _reporting(self, server: str):
-        """A server that fails is a row, and the others go on."""
-        try:
-            yield
-        except (StartFailed, httpx.HTTPError) as error:
-            self.failed = True
-            self.rows.write(kind="error", server=server, message=str(error))
-            print(f"{server}: {error}", file=sys.stderr, flush=True)
 
     def _todo(self, server: str, arm: str) -> list["Point"]:
         """The points of an arm that are still to be measured; those without LoRA in every run."""

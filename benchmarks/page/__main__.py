@@ -31,8 +31,8 @@ from benchmarks.files import LLAMA_8B, TINY, Shape, bytes_per_rank, matched_rank
 from benchmarks.latency.__main__ import lengths
 from benchmarks.latency.arms import Setup, command
 from benchmarks.latency.mixes import adapters_of, mix
-from benchmarks.process import ServerProcess, StartFailed, free_port
 from benchmarks.record import RESULTS, Rows, gpu_name
+from sgl_bdlora.server_process import ServerProcess, free_port
 
 from .agreement import NOISE, by_chance, judge
 from .tokenizer import write_tokenizer
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with kept as folder, running(args, shape, Path(folder), rows.path) as context:
             runs = measure(Ways(context, work), args.ways, args.rounds, rows)
-    except (StartFailed, ServerProblem, httpx.HTTPError, RuntimeError, ValueError) as error:
+    except (ServerProblem, httpx.HTTPError, RuntimeError, ValueError) as error:
         rows.write(kind="error", message=str(error))
         print(f"page: {error}", file=sys.stderr)
         return 1

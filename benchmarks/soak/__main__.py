@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 from zoo import Oracle, write_model
 
+from benchmarks.failures import Failures
 from benchmarks.record import RESULTS, Rows
 from benchmarks.workload import percentile
 
@@ -89,7 +90,8 @@ def soak(args: argparse.Namespace, root: Path) -> int:
         adapters=args.adapters, oversubscribed=args.oversubscribed, clients=args.clients, zipf=args.zipf, seed=args.seed,
     )  # fmt: skip
     print("Starting the server ...", flush=True)
-    with Server(model, args.tp, args.output.with_suffix(".log"), flags) as server:
+    failures = Failures(rows)
+    with failures.of(server="ours"), Server(model, args.tp, args.output.with_suffix(".log"), flags) as server:
         names, tally, end = Names(args.zipf), Tally(), threading.Event()
         for i, place in enumerate(folders):
             response = server.load(f"adapter-{i:02d}", place)
@@ -115,7 +117,7 @@ def soak(args: argparse.Namespace, root: Path) -> int:
             if thread.is_alive():
                 tally.fail(f"a {type(thread).__name__} thread has not ended 90 s after the run")
         handles = {"before": handles_before, "after": check_empty(server, operator, handles_before, tally)}
-    return summarize(rows, samples, tally, handles)
+    return 1 if failures.seen else summarize(rows, samples, tally, handles)
 
 
 def watch(server: Server, tally: Tally, duration: float, rows: Rows) -> list[dict]:

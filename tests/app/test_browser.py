@@ -18,7 +18,7 @@ from link import Link
 from live import LORA
 from servers import S_LORA, on
 
-from benchmarks.process import free_port
+from sgl_bdlora.server_process import free_port
 
 ADAPTERS = {"ink-bd": "bd2-r8", "ink-lora": "plain-r8-attention", "oak-bd": "bd4-r16", "oak-lora": "plain-r32"}
 TIMES_OUT_MS = 60_000

@@ -13,7 +13,7 @@ from harness import Server
 from live import LORA
 from servers import S_LORA, on
 
-from benchmarks.process import free_port
+from sgl_bdlora.server_process import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), on(S_LORA)]
 

@@ -19,7 +19,7 @@ COSTS = """{"name": "tiny-cpu", "decode_ms": 8.0, "request_ms": 0.5, "lora_ms": 
 
 
 class Cluster:
-    """Start with ``with Cluster(...) as cluster``; leaving ends it as Ctrl-C would."""
+    """Start with ``with Cluster(...) as cluster``; leaving ends it as Ctrl-C would, and nothing may complain of that."""
 
     def __init__(self, config: dict, folder: Path, environment: dict[str, str] | None = None):
         self.url = f"http://127.0.0.1:{config['serve']['port']}"
@@ -43,7 +43,9 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.http.close()
-        self.stop()
+        code, words = self.stop(), self.log()
+        assert code == 0, words
+        assert words.endswith("Stopping.\n"), words
 
     def stop(self) -> int:
         """The exit code."""

@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from running import Cluster, configuration
 from zoo import Recipe, write_adapter
 
-from benchmarks.process import free_port
 from sgl_bdlora.cluster.trace import zipf
+from sgl_bdlora.server_process import free_port
 
 pytest.importorskip("ray", reason="needs the extra: pip install 'sgl-bdlora[cluster]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -20,7 +20,7 @@ from sgl_bdlora.cluster.serving.catalog import describe, read_body, read_catalog
 pytest.importorskip("ray", reason="needs the extra: pip install 'sgl-bdlora[cluster]'")
 
 from sgl_bdlora.cluster.serving.launch import KEY_ENV, check, check_address, check_resources
-from sgl_bdlora.cluster.serving.server import ServerProcess, environment, server_arguments
+from sgl_bdlora.cluster.serving.server import ReplicaServer, environment, server_arguments
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_body_is_in_a_file_only_while_it_is_loaded(copied, tmp_path, fault):
             raise httpx.ConnectError("gone")
         return httpx.Response(400 if fault else 200, json={"error_message": "too large"})
 
-    process = object.__new__(ServerProcess)
+    process = object.__new__(ReplicaServer)
     process._adapters = tmp_path
     process.http = httpx.AsyncClient(base_url="http://server", transport=httpx.MockTransport(server))
     body = read_body("bd4-r16", str(copied))

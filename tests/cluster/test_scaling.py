@@ -10,7 +10,7 @@ import pytest
 from running import Cluster, configuration
 from zoo import Recipe, write_adapter
 
-from benchmarks.process import free_port
+from sgl_bdlora.server_process import free_port
 
 pytest.importorskip("ray", reason="needs the extra: pip install 'sgl-bdlora[cluster]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from zoo.oracle import TOLERANCE, Oracle
 
-from benchmarks.process import ServerProcess, free_port
+from sgl_bdlora.server_process import ServerProcess, free_port
 
 START_TIMEOUT_S = 240
 TOP = 5

@@ -15,6 +15,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -22,12 +23,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import files, holdup
 from benchmarks.cliff import arms, load
+from benchmarks.failures import Failures
 from benchmarks.record import Rows, read_rows
 from benchmarks.soak import catalogue, killer, memory, references
 from benchmarks.soak.clients import Tally
 from benchmarks.soak.names import Names
 from benchmarks.workload import arrivals, percentile, zipf_weights
 from sgl_bdlora.adapters import read_adapter
+from sgl_bdlora.server_process import StartFailed
 
 
 def test_zipf_weights_fall_by_rank_not_geometrically():
@@ -64,6 +67,34 @@ def test_rows_carry_their_origin_and_are_there_at_once(tmp_path):
     first, second = read_rows(rows.path)
     assert (second["kind"], second["value"]) == ("b", 2)
     assert {"run", "commit", "gpu", "versions", "benchmark"} <= first.keys() & second.keys()
+
+
+def test_a_server_that_fails_is_a_row_and_a_message_and_the_next_has_its_turn(tmp_path, capsys):
+    failures = Failures(Rows(tmp_path / "rows.jsonl", benchmark="x"))
+    with failures.of(server="ours"):
+        pass
+    assert not failures.seen
+    with failures.of(server="stock"):
+        raise StartFailed("The server ended")
+    with failures.of(server="s-lora"):
+        raise httpx.ReadTimeout("")
+    assert failures.seen
+    rows = [(row["kind"], row["server"], row["message"]) for row in read_rows(tmp_path / "rows.jsonl")]
+    assert rows == [("error", "stock", "The server ended"), ("error", "s-lora", "ReadTimeout('')")]
+    assert capsys.readouterr().err == "stock: The server ended\ns-lora: ReadTimeout('')\n"
+    with pytest.raises(KeyError), failures.of(server="ours"):
+        raise KeyError("a fault of the benchmark")
+
+
+def test_a_benchmark_whose_servers_do_not_start_tells_of_each_and_fails(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(holdup, "write_model", lambda shape, folder: folder)
+    monkeypatch.setattr(holdup, "write_adapter", lambda shape, folder, *_: folder.mkdir() or folder)
+    monkeypatch.setattr(holdup, "command", lambda server, *_: ([sys.executable, "-c", f"exit('{server} is ill')"], {}))
+    assert holdup.main(["--device", "cpu", "--tiny", "--output", str(tmp_path / "rows.jsonl")]) == 1
+    said = capsys.readouterr().err
+    for server in holdup.SERVERS:
+        assert f"{server}: The server ended with code 1" in said
+        assert f"--- end of {tmp_path}/rows-{server}.log\n{server} is ill\n" in said
 
 
 def test_memory_that_grows_is_not_flat():

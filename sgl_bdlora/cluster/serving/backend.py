@@ -23,7 +23,7 @@ from sgl_bdlora.cluster.serving.catalog import read_body
 from sgl_bdlora.cluster.serving.control import ReplicaReport
 from sgl_bdlora.cluster.serving.errors import ReplicaBroken, error_body
 from sgl_bdlora.cluster.serving.holding import Holding
-from sgl_bdlora.cluster.serving.server import ServerProcess
+from sgl_bdlora.cluster.serving.server import ReplicaServer
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,7 +42,7 @@ class Backend:
         self._offering = asyncio.Lock()
         self._tasks: set[asyncio.Task] = set()
         self._stopping = False
-        self._server = ServerProcess(config, device, context.rank.local_rank)
+        self._server = ReplicaServer(config, device, context.rank.local_rank)
         try:
             await self._server.ready()
         except BaseException:

@@ -110,9 +110,7 @@ def serve_cluster(config: ClusterConfig, say: Callable[[str], None], ended: thre
     if config.serve.address:
         check_address(config.serve.address)
     import ray
-    from ray import serve
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     own = not config.serve.address
     try:
         if own:
@@ -149,14 +147,10 @@ def serve_cluster(config: ClusterConfig, say: Callable[[str], None], ended: thre
         ended.wait()
         say("Stopping.")
     finally:
-        with contextlib.suppress(Exception):
-            serve.delete(APP)
-            if own:
-                serve.shutdown()
-        if controller is not None:
-            with contextlib.suppress(Exception):
-                ray.kill(controller)
-        ray.shutdown()
+        try:
+            _end(controller, say)
+        finally:
+            ray.shutdown()
 
 
 def deploy(config: ClusterConfig, device: str, catalog: dict[str, Entry]):
@@ -169,6 +163,8 @@ def deploy(config: ClusterConfig, device: str, catalog: dict[str, Entry]):
     from sgl_bdlora.cluster.serving.front import Front
     from sgl_bdlora.cluster.serving.router import TableRouter
 
+    # Serve's import has set it to INFO.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     adapters = tuple(entry.adapter for entry in catalog.values())
     options = {
         "name": NAME,
@@ -217,6 +213,25 @@ def deploy(config: ClusterConfig, device: str, catalog: dict[str, Entry]):
         wait_for_applications_running=False,
     )
     return controller
+
+
+def _end(controller, say: Callable[[str], None]) -> None:
+    """End the front and the replicas, then the controller they report to; Serve's own parts go with the Ray started here.
+
+    serve.shutdown() would wait for a task of an actor that it kills meanwhile, which Ray reports as a failure.
+    """
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        serve.delete(APP)
+    except RayServeException:
+        pass  # Serve had not started.
+    except (TimeoutError, ray.exceptions.RayError) as error:
+        say(f"The replicas did not end as they should: {error}")
+    if controller is not None:
+        ray.kill(controller)
 
 
 def wait_until_running(config: ClusterConfig, ended: threading.Event) -> None:

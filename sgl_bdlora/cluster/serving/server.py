@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import httpx
@@ -21,21 +17,15 @@ import numpy as np
 from sgl_bdlora.cluster.config import ClusterConfig
 from sgl_bdlora.cluster.serving.catalog import write_body
 from sgl_bdlora.cluster.serving.child import FOLDER_ENV
+from sgl_bdlora.server_process import HEALTH_S, ServerProcess, free_port
 
-# /health generates a token and waits for it in steps of a second.
-HEALTH_S = 30.0
-SHOWN_LINES = 30
 # A load waits for those before it.
 LOAD_S = 300.0
 # What has to be free in shared memory for adapters from peers to go there, and not to a disk.
 SHARED, SHARED_BYTES = Path("/dev/shm"), 2**32
 
 
-class ServerFailed(RuntimeError):
-    """The server did not start, or is gone; the message has the end of its log."""
-
-
-class ServerProcess:
+class ReplicaServer:
     """One `python -m sgl_bdlora.cluster.serving.child` on a free port of 127.0.0.1, with a key that only this process knows.
 
     number: the replica's among those of its machine; on CPUs it decides which cores are its own.
@@ -43,11 +33,9 @@ class ServerProcess:
 
     def __init__(self, config: ClusterConfig, device: str, number: int):
         self._folder = Path(tempfile.mkdtemp(prefix="bdlora-replica-"))
-        self._log = self._folder / "server.log"
         self._adapters = Path(tempfile.mkdtemp(prefix="bdlora-replica-", dir=shared_memory()))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
         key = secrets.token_urlsafe(32)
         # In a file that only this user can read: a command line can be read by all.
         handle, self._secret = tempfile.mkstemp(suffix=".yaml", dir=self._folder)
@@ -62,50 +50,36 @@ class ServerProcess:
             *server_arguments(config, port),
         ]
         added = {**environment(config, device, number), FOLDER_ENV: str(self._adapters)}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, env={**os.environ, **added}, stdin=subprocess.PIPE, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        self._process = ServerProcess(
+            command, added, url, self._folder / "server.log", config.serve.start_s, stdin=subprocess.PIPE
+        )
+        self._process.start()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         # Without trust_env a proxy of the environment cannot come between.
         self.http = httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"}, trust_env=False, limits=limits,
+            base_url=url, headers={"Authorization": f"Bearer {key}"}, trust_env=False, limits=limits,
             timeout=httpx.Timeout(config.serve.silence_s, connect=10),
         )  # fmt: skip
-        self._deadline = time.monotonic() + config.serve.start_s
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     async def ready(self) -> None:
-        """Wait until it answers. Raises ServerFailed."""
+        """Wait until it answers. Raises StartFailed."""
         try:
-            while True:
-                if self._process.poll() is not None:
-                    raise ServerFailed(
-                        f"the server ended with code {self._process.returncode} while it started\n{self.tail()}"
-                    )
-                if time.monotonic() > self._deadline:
-                    raise ServerFailed(
-                        f"the server was not ready within serve.start_s; raise it, or see why:\n{self.tail()}"
-                    )
-                with contextlib.suppress(httpx.TransportError):
-                    if (await self.http.get("/health", timeout=HEALTH_S)).status_code == 200:
-                        return
-                await asyncio.sleep(0.5)
+            await asyncio.to_thread(self._process.wait)
         finally:
             os.unlink(self._secret)
 
     def ended(self) -> int | None:
         """Its exit code; None while it runs."""
-        return self._process.poll()
+        return self._process.ended()
 
     async def ended_or_silent(self) -> str | None:
         """What is wrong with it, if anything."""
-        if self._process.poll() is not None:
-            return f"the server ended with code {self._process.returncode}\n{self.tail()}"
+        if self.ended() is not None:
+            return f"the server ended with code {self.ended()}\n{self.tail()}"
         try:
             status = (await self.http.get("/health", timeout=HEALTH_S)).status_code
         except httpx.HTTPError as error:
@@ -134,18 +108,12 @@ class ServerProcess:
 
     def stop(self) -> None:
         """End it and what it started, and forget its log. The closed pipe ends it where nobody calls this."""
-        self._process.stdin.close()
-        for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(patience)
+        self._process.stop()
         for folder in (self._folder, self._adapters):
             shutil.rmtree(folder, ignore_errors=True)
 
     def tail(self) -> str:
-        lines = self._log.read_text(errors="replace").splitlines()
-        return "\n".join([f"--- end of {self._log}", *lines[-SHOWN_LINES:]])
+        return self._process.tail()
 
 
 def server_arguments(config: ClusterConfig, port: int) -> list[str]:
