@@ -5,8 +5,10 @@
     python -m benchmarks.holdup --device cpu --tiny          # tries the benchmark itself
 
 Streams of requests for the base model run; after a second an adapter is loaded from files that were just written (so from memory, not
-from a disk), then asked for once, then unloaded. Of every part the longest gap between two messages of a stream is taken, over all
-streams, and the median over the repeats. "quiet" is the second before. A row for each repeat goes to benchmarks/results/.
+from a disk), then asked for once. Of every part the longest gap between two messages of a stream is taken, over all streams. "quiet" is
+the second before. The adapters of all repeats stay loaded until the last one is there, because a load that finds the memory of an
+unloaded adapter takes none from the system; then they are unloaded one by one. The median and the largest of the repeats are printed,
+and a row for each part of each goes to benchmarks/results/.
 """
 
 import argparse
@@ -17,23 +19,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
 
+from benchmarks.failures import Failures
 from benchmarks.files import LLAMA_8B, TINY, Shape, write_adapter, write_model
 from benchmarks.latency.arms import Setup, command
-from benchmarks.process import ServerProcess, free_port
 from benchmarks.record import RESULTS, Rows, gpu_name
+from sgl_bdlora.server_process import ServerProcess, free_port
 
 SMALL = Shape("small llama", 1024, 4096, 8, 8, 8, 512, TINY.dtype)
 SERVERS = ("stock", "ours")
 PARTS = ("quiet", "load", "first request", "unload")
 PROMPT, QUIET_S = 16, 1.0
-# Of a stream, within the model's context.
-TOKENS = 8000
+# Of a stream, within the model's context. A server has room for all streams at once: one that waits for another gives no token.
+TOKENS, CONTEXT = 8000, 8192
 
 
 class Streams:
@@ -87,35 +90,44 @@ class Streams:
         return max(gaps, default=float("nan"))
 
 
-def measure(url: str, count: int, folder: Path) -> dict[str, tuple[float, float]]:
-    """Seconds that each part took, and its longest gap."""
+def measure(url: str, count: int, steps: dict[str, Callable[[], None]]) -> dict[str, tuple[float, float]]:
+    """Seconds that each step took beside `count` streams, and its longest gap."""
+    spans = {}
+    with Streams(url, count) as streams:
+        for part, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            spans[part] = (begin, time.perf_counter())
+        time.sleep(QUIET_S / 2)
+        return {part: (end - begin, streams.gap(begin, end)) for part, (begin, end) in spans.items()}
+
+
+def all_parts(url: str, count: int, folder: Path, repeats: int) -> Iterator[tuple[str, float, float]]:
+    """(part, seconds, longest gap), of every part `repeats` times. One more load than that comes first, to warm up."""
     with httpx.Client(base_url=url, timeout=600) as client:
 
         def post(path: str, **body) -> Callable[[], None]:
             return lambda: _done(client.post(path, json=body))
 
-        one_token = {"temperature": 0, "max_new_tokens": 1}
-        steps = {
-            "quiet": lambda: time.sleep(QUIET_S),
-            "load": post("/load_lora_adapter", lora_name="new", lora_path=str(folder)),
-            "first request": post(
-                "/generate", input_ids=list(range(3, 19)), sampling_params=one_token, lora_path="new"
-            ),
-            "unload": post("/unload_lora_adapter", lora_name="new"),
-        }
-        spans = {}
-        with Streams(url, count) as streams:
-            for part, step in steps.items():
-                begin = time.perf_counter()
-                step()
-                spans[part] = (begin, time.perf_counter())
-            time.sleep(QUIET_S / 2)
-            return {part: (end - begin, streams.gap(begin, end)) for part, (begin, end) in spans.items()}
+        one_token = {"input_ids": list(range(3, 19)), "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
+        names = [f"new-{i}" for i in range(repeats + 1)]
+        for name in names:
+            steps = {
+                "quiet": lambda: time.sleep(QUIET_S),
+                "load": post("/load_lora_adapter", lora_name=name, lora_path=str(folder)),
+                "first request": post("/generate", **one_token, lora_path=name),
+            }
+            for part, (seconds, gap) in measure(url, count, steps).items():
+                if name != names[0]:
+                    yield part, seconds, gap
+        for name in names:
+            found = measure(url, count, {"unload": post("/unload_lora_adapter", lora_name=name)})
+            if name != names[0]:
+                yield "unload", *found["unload"]
 
 
 def _done(answer: httpx.Response) -> None:
-    answer.raise_for_status()
-    if answer.json().get("success") is False:
+    if answer.is_error or answer.json().get("success") is False:
         raise RuntimeError(answer.text)
 
 
@@ -151,6 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         args.output, benchmark="holdup", device=args.device, model=shape.name, tp=args.tp, streams=args.streams,
         extra_arguments=args.extra_arguments,
     )  # fmt: skip
+    failures = Failures(rows)
     kept = nullcontext(args.files) if args.files else tempfile.TemporaryDirectory(prefix="holdup-")
     with kept as name:
         folder = Path(name)
@@ -159,18 +172,20 @@ def main(argv: list[str] | None = None) -> int:
             write_model(shape, folder / "model")
         adapters = {rank: write_adapter(shape, folder / f"rank-{rank}", rank, None, rank) for rank in args.ranks}
         for server in args.servers:
-            _run(server, args, shape, folder / "model", adapters, rows)
+            with failures.of(server=server):
+                _run(server, args, shape, folder / "model", adapters, rows)
     print(rows.path)
-    return 0
+    return 1 if failures.seen else 0
 
 
 def _run(
     server: str, args: argparse.Namespace, shape: Shape, model: Path, adapters: dict[int, Path], rows: Rows
 ) -> None:
     sizes = {rank: sum(file.stat().st_size for file in folder.iterdir()) for rank, folder in adapters.items()}
+    room = ("--context-length", str(CONTEXT), "--max-total-tokens", str(CONTEXT * (args.streams + 1)))
     setup = Setup(
         model, str(shape.dtype).removeprefix("torch."), args.tp, args.device, args.streams + 1, 2, max(adapters), 4096,
-        2 * max(sizes.values()) + 2**20, extra=("--context-length", "8192", *args.extra_arguments.split()),
+        2 * max(sizes.values()) + 2**20, extra=(*room, *args.extra_arguments.split()),
     )  # fmt: skip
     # SGLang's own LoRA is asked to serve LoRA by an adapter at the start; ours has the same one.
     first = {"first": adapters[min(adapters)]}
@@ -179,14 +194,27 @@ def _run(
     log = rows.path.with_name(f"{rows.path.stem}-{server}.log")
     with ServerProcess(words, environment, f"http://127.0.0.1:{port}", log, 300) as running:
         for rank, folder in adapters.items():
-            found = [measure(running.url, args.streams, folder) for _ in range(args.repeats + 1)][1:]
-            for repeat in found:
-                parts = {part: {"seconds": spent, "gap_ms": gap * 1e3} for part, (spent, gap) in repeat.items()}
-                rows.write(kind="repeat", server=server, rank=rank, megabytes=round(sizes[rank] / 1e6, 1), parts=parts)
-            print(f"{server}, rank {rank}, {sizes[rank] / 1e6:.0f} MB:", flush=True)
-            for part in PARTS:
-                seconds, gap = (statistics.median(repeat[part][i] for repeat in found) for i in (0, 1))
-                print(f"  {part:14} {seconds:7.3f} s, longest gap {gap * 1e3:8.1f} ms", flush=True)
+            found: dict[str, list[tuple[float, float]]] = {part: [] for part in PARTS}
+            megabytes = round(sizes[rank] / 1e6, 1)
+            for part, seconds, gap in all_parts(running.url, args.streams, folder, args.repeats):
+                found[part].append((seconds, gap * 1e3))
+                rows.write(
+                    kind="part",
+                    server=server,
+                    rank=rank,
+                    megabytes=megabytes,
+                    part=part,
+                    seconds=seconds,
+                    gap_ms=gap * 1e3,
+                )
+            print(f"{server}, rank {rank}, {megabytes:.0f} MB; median (largest):", flush=True)
+            for part, repeats in found.items():
+                seconds, gaps = zip(*repeats, strict=True)
+                print(
+                    f"  {part:14} {statistics.median(seconds):7.3f} s ({max(seconds):.3f}), longest gap "
+                    f"{statistics.median(gaps):8.1f} ms ({max(gaps):.1f})",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
