@@ -1,22 +1,24 @@
 """The decode step at other tensor-parallel sizes, predicted from rows of one size.
 
-    python -m benchmarks.latency.predict MEASURED --products TUNE [--tp 4 8] [--models 8b 70b] [--output FILE]
+    python -m benchmarks.latency.predict MEASURED [MEASURED ...] --products TUNE [--tp 4 8] [--output FILE]
 
-MEASURED: rows of `python -m benchmarks.latency` at one size, with the arm no-lora. TUNE: rows of `python -m benchmarks.kernels.tune` at the
-same size, cuBLAS's microseconds for each of a layer's products. A step is the product of lm_head and its decoder layers, and one of those
+MEASURED: rows of `python -m benchmarks.latency` of one model at one size, with the arm no-lora; each file's model is predicted, with all
+its layers. TUNE: rows of `python -m benchmarks.kernels.tune` at the same size, cuBLAS's microseconds for each of a layer's products. A step
+is the product of lm_head and its decoder layers, and one of those
 
     sum over its four products of (start + bytes / tp / bandwidth)  +  2 all-reduces  +  the rest  +  what the arm adds
 
 start and bandwidth come from a line through the products; the rest (attention, norms, sampling by layers) is what no-lora leaves over at
 each batch; what an arm adds is its step less no-lora's. Assumed, not measured: one small all-reduce takes ALL_REDUCE_US microseconds,
-S-LoRA has four more a layer, and all else that an arm adds is latency, the same at every size.
+S-LoRA has four more a layer, and all else that an arm adds to a layer is the same at every size. What a step costs once, however many
+layers there are, counts as theirs: a model measured with fewer layers than it has is predicted slower than it will be.
 """
 
 import argparse
 import statistics
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.files import LLAMA_8B, LLAMA_70B, Shape
@@ -25,7 +27,7 @@ from benchmarks.record import RESULTS, Rows, read_rows
 # One-shot, through NVLink, of a few kilobytes: 2.5 at TP 2 (a profile, docs/performance.md); a rank reads tp - 1 others.
 ALL_REDUCE_US = {1: 0.0, 2: 2.5, 4: 3.5, 8: 5.0}
 BASE_COLLECTIVES, S_LORA_COLLECTIVES = 2, 4
-MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
+MODELS = {shape.name: shape for shape in (LLAMA_8B, LLAMA_70B)}
 PRODUCTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "o_proj": ("o_proj",),
@@ -69,31 +71,39 @@ class Model:
         return self.start + self.per_byte * size / tp
 
 
-def fit(measured: list[dict], products: list[dict], shape: Shape) -> Model:
-    """From rows of the latency benchmark and of the tuning benchmark at one size. Raises ValueError where rows are missing."""
+def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape]:
+    """From rows of the latency benchmark and of the tuning benchmark at one size: the step's model, and the whole language model's shape.
+
+    Raises ValueError where rows are missing.
+    """
     points = [row for row in measured if row.get("kind") == "point" and row["output_len"] >= 64]
     sizes = {row["tp"] for row in [*points, *products]}
     if len(sizes) != 1 or not any(row["arm"] == "no-lora" for row in points):
         raise ValueError(f"rows of one tensor-parallel size with the arm no-lora are needed, not of {sorted(sizes)}")
-    (tp,) = sizes
+    models = {(row["model"], row["layers"]) for row in points}
+    if len(models) != 1 or not MODELS.keys() >= {name for name, _ in models}:
+        raise ValueError(f"rows of one model of {', '.join(MODELS)} are needed, not of {sorted(models)}")
+    (tp,), ((name, layers),) = sizes, models
+    shape = replace(MODELS[name], layers=layers)
     cublas = {(row["layer"], row["tokens"]): row["cublas_us"] for row in products}
     if {name for name, _ in cublas} != set(PRODUCTS):
         raise ValueError(f"the products' rows have {sorted({name for name, _ in cublas})} of {sorted(PRODUCTS)}")
-    start, per_byte = line((product_bytes(shape, name) / tp, us) for (name, _), us in cublas.items())
+    # The products' rows are of one model; a line through them holds for all sizes.
+    start, per_byte = line((product_bytes(LLAMA_8B, name) / tp, us) for (name, _), us in cublas.items())
     bare = Model(tp, start, per_byte, dict.fromkeys({row["batch"] for row in points}, 0.0), {})
     by_layer: dict[tuple, list[float]] = {}
     for row in points:
         arm = (row["arm"], row["mix"], row["params_ratio"] and round(row["params_ratio"], 2))
         key = ("no-lora",) if row["arm"] == "no-lora" else arm
-        by_layer.setdefault((*key, row["batch"]), []).append(row["decode_ms"] * 1e3 / row["layers"])
+        by_layer.setdefault((*key, row["batch"]), []).append(row["decode_ms"] * 1e3 / layers)
     step = {key: statistics.mean(values) for key, values in by_layer.items()}
     rest = {
-        batch: us - bare.step_ms(shape, tp, batch) * 1e3 / shape.layers
+        batch: us - bare.step_ms(shape, tp, batch) * 1e3 / layers
         for (arm, *_, batch), us in step.items()
         if arm == "no-lora"
     }
     added = {key: us - step["no-lora", key[-1]] for key, us in step.items() if key[0] != "no-lora"}
-    return Model(tp, start, per_byte, rest, added)
+    return Model(tp, start, per_byte, rest, added), MODELS[name]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,48 +113,49 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("measured", type=Path, metavar="MEASURED")
+    add("measured", type=Path, nargs="+", metavar="MEASURED")
     add("--products", type=Path, required=True, metavar="TUNE")
     add("--tp", type=int, nargs="+", default=[4, 8], choices=sorted(ALL_REDUCE_US))
-    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     add(
         "--output", type=Path, default=RESULTS / "prediction.jsonl", help="default: benchmarks/results/prediction.jsonl"
     )
     args = parser.parse_args(argv)
-    measured = read_rows(args.measured)
     try:
-        model = fit(measured, read_rows(args.products), LLAMA_8B)
+        fitted = {path: fit(read_rows(path), read_rows(args.products)) for path in args.measured}
     except ValueError as error:
         parser.error(str(error))
-    rows = Rows(args.output, benchmark="prediction", measured=args.measured.name, products=args.products.name)
-    print(
-        f"a product: {model.start:.2f} us and its bytes at {1e-6 / model.per_byte:.2f} TB/s; the rest of a layer "
-        + ", ".join(f"{us:.1f} us at batch {batch}" for batch, us in sorted(model.rest.items()))
-    )
-    for name in args.models:
-        shape = MODELS[name]
-        for tp in args.tp:
-            for batch in sorted(model.rest):
-                without = model.step_ms(shape, tp, batch)
-                print(f"{shape.name}, TP {tp}, batch {batch}: no-lora {without:.2f} ms")
-                rows.write(model=shape.name, tp=tp, batch=batch, arm="no-lora", decode_ms=without)
-                for *arm, at in model.added:
-                    if at != batch:
-                        continue
-                    step = model.step_ms(shape, tp, batch, tuple(arm))
-                    rows.write(
-                        model=shape.name,
-                        tp=tp,
-                        batch=batch,
-                        arm=arm[0],
-                        mix=arm[1],
-                        params_ratio=arm[2],
-                        decode_ms=step,
-                    )
-                    ratio = f" {arm[2]:.2f}x" if arm[2] else ""
-                    print(f"  {arm[0] + ratio + ' ' + arm[1]:<32} {step:6.2f} ms  {step / without:.2f}x")
+    for path, (model, shape) in fitted.items():
+        rows = Rows(args.output, benchmark="prediction", measured=path.name, products=args.products.name)
+        _predict(model, shape, args.tp, rows)
     print(args.output)
     return 0
+
+
+def _predict(model: Model, shape: Shape, sizes: Iterable[int], rows: Rows) -> None:
+    print(
+        f"{shape.name}: a product {model.start:.2f} us and its bytes at {1e-6 / model.per_byte:.2f} TB/s; the rest of a layer "
+        + ", ".join(f"{us:.1f} us at batch {batch}" for batch, us in sorted(model.rest.items()))
+    )
+    for tp in sizes:
+        for batch in sorted(model.rest):
+            without = model.step_ms(shape, tp, batch)
+            print(f"{shape.name}, TP {tp}, batch {batch}: no-lora {without:.2f} ms")
+            rows.write(model=shape.name, tp=tp, batch=batch, arm="no-lora", decode_ms=without)
+            for *arm, at in model.added:
+                if at != batch:
+                    continue
+                step = model.step_ms(shape, tp, batch, tuple(arm))
+                rows.write(
+                    model=shape.name,
+                    tp=tp,
+                    batch=batch,
+                    arm=arm[0],
+                    mix=arm[1],
+                    params_ratio=arm[2],
+                    decode_ms=step,
+                )
+                ratio = f" {arm[2]:.2f}x" if arm[2] else ""
+                print(f"  {arm[0] + ratio + ' ' + arm[1]:<32} {step:6.2f} ms  {step / without:.2f}x")
 
 
 if __name__ == "__main__":

@@ -280,21 +280,30 @@ def test_mixes_are_read():
 
 
 def test_prediction_gives_back_what_it_was_fitted_on():
-    from benchmarks.files import LLAMA_8B
+    from benchmarks.files import LLAMA_8B, LLAMA_70B
     from benchmarks.latency.predict import ALL_REDUCE_US, PRODUCTS, fit, product_bytes
 
     products = [
         {"tp": 2, "layer": name, "tokens": 8, "cublas_us": 5 + product_bytes(LLAMA_8B, name) / 2 / 4e6}
         for name in PRODUCTS
     ]
-    point = {"kind": "point", "tp": 2, "layers": 32, "batch": 8, "output_len": 128, "params_ratio": None}
+    point = {
+        "kind": "point",
+        "model": LLAMA_8B.name,
+        "tp": 2,
+        "layers": 32,
+        "batch": 8,
+        "output_len": 128,
+        "params_ratio": None,
+    }
     bd, s_lora = ("block-diagonal", "16x4", 1.01), ("s-lora", "16x4", 1.0)
     measured = [
         {**point, "arm": "no-lora", "mix": "16x4", "decode_ms": 3.2},
         {**point, "arm": bd[0], "mix": bd[1], "params_ratio": bd[2], "decode_ms": 3.5},
         {**point, "arm": s_lora[0], "mix": s_lora[1], "params_ratio": s_lora[2], "decode_ms": 6.0},
     ]
-    model = fit(measured, products, LLAMA_8B)
+    model, shape = fit(measured, products)
+    assert shape == LLAMA_8B
     assert (model.start, 1 / model.per_byte) == pytest.approx((5, 4e6))
     steps = [model.step_ms(LLAMA_8B, 2, 8, arm) for arm in (None, bd, s_lora)]
     assert steps == pytest.approx([3.2, 3.5, 6.0])
@@ -305,7 +314,13 @@ def test_prediction_gives_back_what_it_was_fitted_on():
     four = 4 * 32 * (ALL_REDUCE_US[4] - ALL_REDUCE_US[2]) / 1e3
     assert model.step_ms(LLAMA_8B, 4, 8, s_lora) == pytest.approx(6.0 - saved + four)
     with pytest.raises(ValueError, match="one tensor-parallel size"):
-        fit([{**row, "tp": 4} for row in measured], products, LLAMA_8B)
+        fit([{**row, "tp": 4} for row in measured], products)
+    with pytest.raises(ValueError, match="one model"):
+        fit([*measured, {**measured[0], "model": LLAMA_70B.name}], products)
+    # Measured with a quarter of its layers: four times the layers' part, and lm_head once.
+    part, whole = fit([{**row, "model": LLAMA_70B.name, "layers": 20} for row in measured], products)
+    head = part.step_ms(replace(whole, layers=0), 2, 8)
+    assert part.step_ms(whole, 2, 8) == pytest.approx(4 * (3.2 - head) + head)
 
 
 def test_lengths_may_name_one_batch():
