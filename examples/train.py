@@ -38,6 +38,7 @@ class Settings:
     eval_file: str | None = None
     kind: str = "bd"
     nblocks: int = 2
+    start: str = "lora"
     rank: int = 16
     alpha: float | None = None
     use_rslora: bool = False
@@ -63,6 +64,7 @@ class Settings:
                 raise TrainError(f"{name} = {getattr(self, name)!r}: {words}")
 
         need(self.kind in ("bd", "lora"), "kind", "has to be bd or lora")
+        need(self.start in ("lora", "peft"), "start", "has to be lora or peft")
         need(self.precision in ("auto", *PRECISIONS), "precision", f"has to be auto, {', '.join(PRECISIONS)}")
         for name in ("rank", "steps", "batch", "gradient_accumulation", "lr", "max_length", "save_every"):
             need(getattr(self, name) > 0, name, "has to be above 0")
@@ -262,6 +264,15 @@ def lora_config(chosen: Settings):
     )
 
 
+def start_as_lora(model: torch.nn.Module) -> None:
+    """Draw block-diagonal A anew, uniform within 1 / sqrt(in), as PEFT draws a dense A. Its own start is sqrt(6 nblocks) times as wide."""
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in ROW_PARALLEL and hasattr(module, "lora_A"):
+            bound = module.in_features**-0.5
+            for factor in module.lora_A.values():
+                torch.nn.init.uniform_(factor.weight, -bound, bound)
+
+
 def check_layers(model: torch.nn.Module, chosen: Settings) -> None:
     """Raise TrainError where a layer is missing or its blocks would not be whole."""
     for name in chosen.target_modules:
@@ -296,6 +307,8 @@ def train(chosen: Settings) -> Path:
     if chosen.eval_file:
         held_out = [encode(tokenizer, row, chosen.max_length) for row in read_examples(chosen.eval_file, held_out=True)]
     model = get_peft_model(base, lora_config(chosen))
+    if chosen.kind == "bd" and chosen.start == "lora":
+        start_as_lora(model)
     if chosen.gradient_checkpointing:
         model.enable_input_require_grads()
     model.print_trainable_parameters()

@@ -10,7 +10,7 @@ from benchmarks.quality.stats import Interval, interval, over_rows
 
 Key = tuple[str, str]  # arm, variant
 COLOURS = {2: "tab:blue", 4: "tab:orange", 8: "tab:green"}
-MARKERS = {"trained": "o", "converted": "x", "healed": "^"}
+MARKERS = {"trained": "o", "small start": "s", "converted": "x", "healed": "^"}
 # Lines of a page between which its tables stand.
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 # With two seeds Student's interval is 13 standard errors wide to either side: the plot shows the seeds themselves.
@@ -43,6 +43,16 @@ class Results:
         plain = self._by.get(("lora", "trained"), {})
         seeds = sorted(set(self._by[key]) & set(plain))
         return [self._by[key][seed] for seed in seeds], [plain[seed] for seed in seeds]
+
+    def rates(self) -> str:
+        """Of what was trained, all that occur."""
+        found: dict[str, set[float]] = {}
+        for (_, variant), rows in self._by.items():
+            for row in rows.values():
+                if "lr" in row:
+                    kind = "LoRA" if row["nblocks"] == 1 else "blocks" if variant == "trained" else f"blocks, {variant}"
+                    found.setdefault(kind, set()).add(row["lr"])
+        return "; ".join(f"{kind} {', '.join(f'{lr:g}' for lr in sorted(rates))}" for kind, rates in found.items())
 
     def perplexity_changes(self, key: Key) -> list[float]:
         """In percent of the LoRA's, a seed each."""
@@ -86,21 +96,24 @@ def _summary(found: Sequence[Results]) -> str:
             seeds = max(len(results.paired(key)[0]) for key in keys if key)
             if not seeds:
                 continue
-            error = "-" if keys[1] is None else f"{interval(results.values(keys[1], 'relative_error')).mean:.3f}"
+            converted = keys[list(MARKERS).index("converted")]
+            error = "-" if converted is None else f"{interval(results.values(converted, 'relative_error')).mean:.3f}"
             perplexity = [_marked(interval(results.perplexity_changes(key))) if key else "-" for key in keys]
             accuracy = [_marked(over_rows(*results.paired(key))) if key else "-" for key in keys]
             cells = [name, seeds, first["nblocks"], *perplexity, *accuracy, error]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     if not lines:
         return ""
+    first, *others = MARKERS
+    columns = [f"{figure}: {first} | {' | '.join(others)}" for figure in ("perplexity", "accuracy")]
     head = [
         "### At equal parameters",
         "",
         "Against the LoRA of the same seeds. Perplexity: %, ± over seeds (none for one seed). Accuracy: points, ± over texts, of these "
         "seeds. Error: of the converted updates, by their norm. Intervals: 95 %; * excludes 0.",
         "",
-        "| task | seeds | blocks | perplexity: trained | converted | healed | accuracy: trained | converted | healed | error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| task | seeds | blocks | {columns[0]} | {columns[1]} | error |",
+        "|---" * (2 * len(MARKERS) + 4) + "|",
     ]
     return "\n".join([*head, *lines])
 
@@ -113,7 +126,8 @@ def _table(results: Results) -> str:
     lines = [
         f"### {results.model}, {results.task}",
         "",
-        f"Seeds: {seeds}; {first['steps']} steps of {first['batch']}, {first['rows']:,} test rows. Intervals: 95 %; * excludes 0.",
+        f"Seeds: {seeds}; {first['steps']} steps of {first['batch']}, {first['rows']:,} test rows; learning rates: {results.rates()}. "
+        "Intervals: 95 %; * excludes 0.",
         "",
         "| adapter | rank | parameters | perplexity | against LoRA, %, ± over seeds | accuracy, % | points, ± over seeds "
         "| points, ± over texts |",
@@ -193,7 +207,7 @@ def _speed(rows: Sequence[dict]) -> str:
 
 
 def draw(rows: Sequence[dict], target: Path) -> None:
-    """Differences to the LoRA by goal of parameters, one column a model and task."""
+    """Differences to the LoRA by goal of parameters: two rows of panels a model, a column a task."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -202,11 +216,21 @@ def draw(rows: Sequence[dict], target: Path) -> None:
     found = [results for results in all_results(rows) if len(results.keys) > 1]
     if not found:
         raise ValueError("there is nothing to draw: no block-diagonal adapter was scored beside a LoRA")
-    figure, axes = plt.subplots(2, len(found), figsize=(4.6 * len(found) + 2, 7.4), layout="constrained", squeeze=False)
-    for column, results in enumerate(found):
+    models, tasks = (list(dict.fromkeys(names)) for names in zip(*((r.model, r.task) for r in found), strict=True))
+    figure, axes = plt.subplots(
+        2 * len(models),
+        len(tasks),
+        figsize=(4.6 * len(tasks) + 2, 6.8 * len(models)),
+        layout="constrained",
+        squeeze=False,
+    )
+    unused = set(axes.flat)
+    for results in found:
+        top, column = 2 * models.index(results.model), tasks.index(results.task)
         goals = sorted({results.first(key)["goal"] for key in results.keys})
         for row, values in enumerate((results.perplexity_changes, results.accuracy_changes)):
-            panel = axes[row][column]
+            panel = axes[top + row][column]
+            unused.discard(panel)
             panel.axhline(0, color="black", lw=0.8)
             for key in results.keys:
                 first, each = results.first(key), values(key)
@@ -214,8 +238,8 @@ def draw(rows: Sequence[dict], target: Path) -> None:
                     continue
                 blocks, variant, colour = first["nblocks"], key[1], COLOURS.get(first["nblocks"], "tab:gray")
                 # Beside each other, so that intervals can be told apart.
-                slot = len(MARKERS) * list(MARKERS).index(variant) + math.log2(blocks)
-                x = goals.index(first["goal"]) + 0.09 * (slot - len(MARKERS) - 2)
+                slot = len(COLOURS) * list(MARKERS).index(variant) + math.log2(blocks) - 0.5
+                x = goals.index(first["goal"]) + 0.84 * (slot / (len(COLOURS) * len(MARKERS)) - 0.5)
                 mean = over_rows(*results.paired(key)) if row else interval(each)
                 half = mean.half if row or len(each) >= FEWEST else None
                 panel.errorbar(
@@ -228,13 +252,15 @@ def draw(rows: Sequence[dict], target: Path) -> None:
             panel.set_xticks(range(len(goals)), [f"{goal:g}x" for goal in goals])
         seeds = max(len(results.values(key, "accuracy")) for key in results.keys)
         title = f"{results.model}\n{results.task}, {seeds} seed{'s' if seeds > 1 else ''}"
-        axes[0][column].set(title=title, ylabel="perplexity against LoRA, %")
-        axes[1][column].set(
+        axes[top][column].set(title=title, ylabel="perplexity against LoRA, %")
+        axes[top + 1][column].set(
             ylabel="accuracy against LoRA, points",
             xlabel="parameters, by the LoRA's",
         )
+    for panel in unused:
+        panel.axis("off")
     kinds = {}
-    for panel in axes[0]:
+    for panel in axes.flat:
         handles, labels = panel.get_legend_handles_labels()
         kinds |= dict(zip(labels, handles, strict=True))
     figure.legend(kinds.values(), kinds.keys(), loc="outside right upper", fontsize=8)

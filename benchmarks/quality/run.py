@@ -1,7 +1,8 @@
 """The runs: a learning-rate sweep, the comparison, and the time of one pass for all adapters. Each unit can be done on its own.
 
 sweep/TASK        plain and block-diagonal (4 blocks) at several learning rates and both starts, on the validation rows
-main/TASK/SEED    every arm trained in one pass, then conversions of its LoRA, before and after healing; on the test rows
+main/TASK/SEED    every arm trained in one pass from PEFT's start, then conversions of its LoRA, before and after healing; on the test rows
+start/TASK/SEED   the block-diagonal arms again, from a start as small as a LoRA's
 base/TASK         the model without an adapter
 speed/TASK        seconds a step of all arms in one pass, and one after another
 """
@@ -25,7 +26,7 @@ from benchmarks.record import Rows as RowFile
 from benchmarks.record import read_rows
 from sgl_bdlora.adapters.model import read_model
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SWEEP_SEED = 100
 CONVERTED_GOALS = (1.0, 1.74)
 
@@ -83,32 +84,48 @@ class Quality:
             found |= {
                 f"main/{task}/{seed}": lambda unit, task=task, seed=seed: self._main(unit, task, seed) for task in tasks
             }
+            found |= {
+                f"start/{task}/{seed}": lambda unit, task=task, seed=seed: self._start(unit, task, seed)
+                for task in tasks
+            }
         return found
 
     def run(self, only: Sequence[str] = (), minutes: float | None = None) -> list[str]:
         """Run what is selected and not done; returns the names of units left over when the minutes are nearly up."""
-        done = {(row["model"], row["unit"]) for row in self.earlier if row["kind"] == "done"}
-        wanted = {
-            name: unit
-            for name, unit in self.units().items()
-            if (self.model_name, name) not in done and (not only or any(fnmatch.fnmatch(name, p) for p in only))
-        }
-        begin, longest, names = time.monotonic(), 0.0, list(wanted)
-        for place, name in enumerate(names):
+        units = self.units()
+        wanted = [name for name in units if not only or any(fnmatch.fnmatch(name, p) for p in only)]
+        begin, longest, ran = time.monotonic(), 0.0, False
+        for place, name in enumerate(wanted):
+            if self._is_done(name):
+                continue
             start = time.monotonic()
-            if minutes is not None and place and start - begin + 1.2 * longest > 60 * minutes:
-                print(f"{minutes:g} minutes are nearly up; left: {' '.join(names[place:])}", flush=True)
-                return names[place:]
-            self._seconds = {}
+            if minutes is not None and ran and start - begin + 1.2 * longest > 60 * minutes:
+                left = [name for name in wanted[place:] if not self._is_done(name)]
+                print(f"{minutes:g} minutes are nearly up; left: {' '.join(left)}", flush=True)
+                return left
+            self._seconds, ran = {}, True
             # A GPU's process only starts operations: threads for the few small tensors on the CPU cost more than they do.
             with learn.one_thread() if self.device.type == "cuda" else nullcontext():
-                wanted[name](name)
+                units[name](name)
             seconds = time.monotonic() - start
             longest = max(longest, seconds)
             phases = {phase: round(spent, 2) for phase, spent in self._seconds.items()}
             self._write(kind="done", unit=name, seconds=round(seconds, 2), phases=phases)
             print(f"{name}: {seconds:.1f} s, of which {phases}", flush=True)
         return []
+
+    def _is_done(self, unit: str) -> bool:
+        """A sweep: all its rates are there. What was trained at another rate than the sweep chooses now is not done."""
+        kind, task, *_ = unit.split("/")
+        if kind == "sweep":
+            return not self._unswept(task)
+        rates, done = {}, False
+        for row in self.earlier:
+            if (row["model"], row["unit"]) == (self.model_name, unit):
+                done = row["kind"] == "done"
+                if "lr" in row:
+                    rates[row["arm"]] = row["lr"] == self.chosen_rate(task, row["nblocks"] > 1, row.get("init", "peft"))
+        return done and all(rates.values())
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -143,14 +160,24 @@ class Quality:
         with self._phase("score"):
             return learn.score(self.model, bank, rows)
 
-    def _sweep(self, unit: str, task: str) -> None:
+    def _sweep_rows(self, task: str) -> list[dict]:
+        return [
+            row for row in self.earlier
+            if row["kind"] == "sweep" and (row["model"], row["task"]) == (self.model_name, task)
+        ]  # fmt: skip
+
+    def _unswept(self, task: str) -> list[Arm]:
         plain = self.arms[0]
         blocked = next((arm for arm in self.arms if arm.nblocks == 4 and arm.goal == 1.0), None)
         blocked = blocked or next((arm for arm in self.arms if arm.goal == 1.0 and arm.nblocks > 1), None)
         wanted = [(plain, "peft")] + ([(blocked, "peft"), (blocked, "lora")] if blocked else [])
+        there = {(row["arm"], row["init"], row["lr"]) for row in self._sweep_rows(task)}
         arms = [replace(arm, lr=lr, init=init) for arm, init in wanted for lr in self.plan.rates]
+        return [arm for arm in arms if (arm.name, arm.init, arm.lr) not in there]
+
+    def _sweep(self, unit: str, task: str) -> None:
         rows = self._part(task, "validation")
-        for bank, _ in self._passes(arms, task, SWEEP_SEED):
+        for bank, _ in self._passes(self._unswept(task), task, SWEEP_SEED):
             for arm, score in zip(bank.arms, self._scores(bank, rows), strict=True):
                 self._result("sweep", unit, task, SWEEP_SEED, arm, "trained", score, lr=arm.lr, init=arm.init)
 
@@ -161,8 +188,7 @@ class Quality:
 
     def _main(self, unit: str, task: str, seed: int) -> None:
         plan, test = self.plan, self._part(task, "test")
-        rates = {kind: self.chosen_rate(task, kind) for kind in ("lora", "bd")}
-        arms = [replace(arm, lr=rates["lora" if arm.nblocks == 1 else "bd"]) for arm in self.arms]
+        arms = [replace(arm, lr=self.chosen_rate(task, arm.nblocks > 1)) for arm in self.arms]
         plain = None
         for bank, losses in self._passes(arms, task, seed):
             scores = self._scores(bank, test)
@@ -192,6 +218,16 @@ class Quality:
                     "result", unit, task, seed, arm, variant, score, relative_error=round(error, 5), heal_lr=arm.lr
                 )
 
+    def _start(self, unit: str, task: str, seed: int) -> None:
+        lr = self.chosen_rate(task, True, "lora")
+        arms = [replace(arm, lr=lr, init="lora") for arm in self.arms if arm.nblocks > 1]
+        for bank, losses in self._passes(arms, task, seed):
+            scores = self._scores(bank, self._part(task, "test"))
+            for arm, score, loss in zip(bank.arms, scores, losses, strict=True):
+                self._result(
+                    "result", unit, task, seed, arm, "small start", score, lr=lr, init=arm.init, loss=float(loss)
+                )
+
     def _speed(self, unit: str, task: str) -> None:
         steps = max(3, self.plan.steps // 20)
 
@@ -218,13 +254,9 @@ class Quality:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def chosen_rate(self, task: str, kind: str) -> float:
-        """The learning rate with the lowest validation loss in the sweep's rows, under PEFT's start; the plan's if there are none."""
-        rows = [
-            row for row in self.earlier
-            if row["kind"] == "sweep" and row["task"] == task and row["model"] == self.model_name and row["init"] == "peft"
-            and (row["nblocks"] == 1) == (kind == "lora")
-        ]  # fmt: skip
+    def chosen_rate(self, task: str, blocked: bool, init: str = "peft") -> float:
+        """The learning rate with the lowest validation loss in the sweep's rows; the plan's if there are none."""
+        rows = [row for row in self._sweep_rows(task) if (row["nblocks"] > 1, row["init"]) == (blocked, init)]
         return min(rows, key=lambda row: row["text_loss"] + row["label_loss"])["lr"] if rows else self.plan.lr
 
     def _result(

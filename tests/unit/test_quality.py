@@ -16,8 +16,8 @@ from benchmarks.quality import data, learn, tasks, weights
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.arms import Arm, arms_of
 from benchmarks.quality.bank import Bank
-from benchmarks.quality.report import tables
-from benchmarks.quality.run import QUICK
+from benchmarks.quality.report import Results, tables
+from benchmarks.quality.run import QUICK, Quality
 from benchmarks.quality.save import save
 from benchmarks.quality.stats import bits, interval, over_rows
 from benchmarks.record import RESULTS, read_rows
@@ -353,7 +353,7 @@ def test_quick_run_resumes_and_reports(folder, parts, tmp_path, capsys):
     assert main([*words, "--resume"]) == 0
     assert len(read_rows(output)) == len(rows)
     assert [row["unit"] for row in rows if row["kind"] == "done"] == [
-        "sweep/toy", "base/toy", "speed/toy", "main/toy/0", "main/toy/1",
+        "sweep/toy", "base/toy", "speed/toy", "main/toy/0", "start/toy/0", "main/toy/1", "start/toy/1",
     ]  # fmt: skip
     phases = {row["unit"]: row["phases"] for row in rows if row["kind"] == "done"}
     assert list(phases["main/toy/0"]) == ["build", "train", "score", "convert", "heal"]
@@ -364,7 +364,7 @@ def test_quick_run_resumes_and_reports(folder, parts, tmp_path, capsys):
     results = [row for row in rows if row["kind"] == "result" and row["seed"] == 0]
     assert {row["lr"] for row in results if row["arm"] == "lora"} == {best["lr"]}
     variants = [row["variant"] for row in results]
-    assert {v: variants.count(v) for v in variants} == {"trained": 4, "converted": 2, "healed": 2}
+    assert {v: variants.count(v) for v in variants} == {"trained": 4, "converted": 2, "healed": 2, "small start": 3}
     capsys.readouterr()
     assert main(["report", str(output)]) == 0
     assert "| 2 blocks, healed |" in capsys.readouterr().out
@@ -380,6 +380,30 @@ def test_quick_run_resumes_and_reports(folder, parts, tmp_path, capsys):
     assert main(["report", str(output), "--page", str(page)]) == 2
 
 
+def test_a_unit_is_done_again_when_the_sweep_chooses_another_rate(folder, parts, tmp_path):
+    data.save(tmp_path, "toy", parts)
+    weights.pack(folder, tmp_path)
+    (tmp_path / "prepared.json").write_text(json.dumps({"tasks": ["toy"]}))
+    output, plan = tmp_path / "rows.jsonl", dataclasses.replace(QUICK, seeds=(0,))
+
+    def run() -> list[str]:
+        before = len(read_rows(output)) if output.exists() else 0
+        Quality(tmp_path, output, plan, "cpu", resume=True).run(["sweep/*", "main/*", "start/*"])
+        return [row["unit"] for row in read_rows(output)[before:] if row["kind"] == "done"]
+
+    assert run() == ["sweep/toy", "main/toy/0", "start/toy/0"]
+    assert run() == []
+    rows = read_rows(output)
+    best = next(row for row in rows if row["kind"] == "sweep" and row["arm"] == "lora") | {"lr": 1e-4, "text_loss": 0.0}
+    output.write_text("".join(json.dumps(row) + "\n" for row in [*rows, best]))
+    plan = dataclasses.replace(plan, rates=(*QUICK.rates, 1e-4))
+    assert run() == ["sweep/toy", "main/toy/0"]
+    swept = [(row["arm"], row["init"], row["lr"]) for row in read_rows(output) if row["kind"] == "sweep"]
+    assert len(set(swept)) == len(swept) == 3 * len(plan.rates)
+    results = Results(read_rows(output), tmp_path.name, "toy")
+    assert results.rates().startswith("LoRA 0.0001; blocks ")
+
+
 def test_the_pages_tables_are_those_of_the_rows():
     assert tables(read_rows(RESULTS / "quality.jsonl")) in (RESULTS.parents[1] / "docs" / "quality.md").read_text()
 
@@ -390,7 +414,9 @@ def test_summary_pairs_seeds_and_gives_each_task_a_line():
     ]
     rows += [_result("t", 0, "bd2-1.00x", 2, "converted") | {"relative_error": 0.25, "correct": "7", "accuracy": 0.75}]
     # Perplexity 7 against 6 and 8 against 7; converted 7 against 6, and one more of four texts right.
-    assert "| t | 2 | 2 | +15.48 ± 15.13* | +16.67 | - | +0.00 ± 0.00 | +25.00 ± 49.00 | - | 0.250 |" in tables(rows)
+    assert "| t | 2 | 2 | +15.48 ± 15.13* | - | +16.67 | - | +0.00 ± 0.00 | - | +25.00 ± 49.00 | - | 0.250 |" in tables(
+        rows
+    )
 
 
 def test_report_of_runs_split_over_devices(tmp_path, capsys):

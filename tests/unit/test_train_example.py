@@ -52,6 +52,25 @@ def config(zoo, tmp_path):
     return path
 
 
+def test_block_diagonal_a_starts_as_small_as_a_loras(train, zoo):
+    from peft import get_peft_model
+
+    largest = {}
+    for start in ("peft", "lora"):
+        chosen = train.Settings(model="", train_file="", output=Path(), nblocks=4, rank=8)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(zoo.model("llama")), train.lora_config(chosen))
+        if start == "lora":
+            train.start_as_lora(model)
+        for name, layer in model.named_modules():
+            if name.endswith(("q_proj", "down_proj")):
+                # Of 1: the bound of a LoRA's start.
+                largest[start, name[-6:]] = layer.lora_A["default"].weight.abs().max().item() * layer.in_features**0.5
+    assert largest["peft", "q_proj"] == pytest.approx(1, abs=0.05)
+    assert largest["peft", "n_proj"] == pytest.approx((6 * 4) ** 0.5, rel=0.05)
+    assert largest["lora", "q_proj"] == pytest.approx(1, abs=0.05)
+    assert largest["lora", "n_proj"] == pytest.approx(1, abs=0.05)
+
+
 @pytest.mark.parametrize("kind", ["bd", "lora"])
 def test_result_loads_in_peft_and_validates(train, config, zoo, tmp_path, kind, capsys):
     assert train.main([str(config), "--kind", kind]) == 0
