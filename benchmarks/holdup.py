@@ -98,7 +98,8 @@ def measure(url: str, count: int, steps: dict[str, Callable[[], None]]) -> dict[
             begin = time.perf_counter()
             step()
             spans[part] = (begin, time.perf_counter())
-        time.sleep(QUIET_S / 2)
+            # What a step holds up is over before the next one begins.
+            time.sleep(QUIET_S / 2)
         return {part: (end - begin, streams.gap(begin, end)) for part, (begin, end) in spans.items()}
 
 

@@ -90,7 +90,8 @@ class ServerProcess:
             show(waited, "".join(self._lines()[-1:]))
             # A proxy of the environment must not come between.
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=HEALTH_S, trust_env=False).status_code == 200:
+                left = max(1, min(HEALTH_S, self._patience - waited))
+                if httpx.get(f"{self.url}/health", timeout=left, trust_env=False).status_code == 200:
                     return
             time.sleep(0.5)
         raise StartFailed(
@@ -111,6 +112,8 @@ class ServerProcess:
         return self._process.wait(patience)
 
     def stop(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         end_group(self._process)
 
     def tail(self, lines: int = 30) -> str:

@@ -97,6 +97,8 @@ def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape]:
         key = ("no-lora",) if row["arm"] == "no-lora" else arm
         by_layer.setdefault((*key, row["batch"]), []).append(row["decode_ms"] * 1e3 / layers)
     step = {key: statistics.mean(values) for key, values in by_layer.items()}
+    if missing := sorted({key[-1] for key in step} - {key[-1] for key in step if key[0] == "no-lora"}):
+        raise ValueError(f"rows of the arm no-lora are missing at batch {', '.join(map(str, missing))}")
     rest = {
         batch: us - bare.step_ms(shape, tp, batch) * 1e3 / layers
         for (arm, *_, batch), us in step.items()
@@ -122,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         fitted = {path: fit(read_rows(path), read_rows(args.products)) for path in args.measured}
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     for path, (model, shape) in fitted.items():
         rows = Rows(args.output, benchmark="prediction", measured=path.name, products=args.products.name)

@@ -79,10 +79,10 @@ class Bank:
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
-        """Fresh adapters, as PEFT begins them: B zero, A uniform. Optimiser states are cleared."""
-        random = torch.Generator().manual_seed(seed)
+        """Fresh adapters, as PEFT begins them: B zero, A uniform; arms of one shape draw the same. Optimiser states are cleared."""
         self._weights.zero_()
         for index, arm in enumerate(self.arms):
+            random = torch.Generator().manual_seed(seed)
             views = [a for a, _ in self._entries(self._weights, index)]
             drawn = torch.rand(sum(map(torch.numel, views)), generator=random).to(self._weights.device).mul_(2).sub_(1)
             for layer, a, values in zip(

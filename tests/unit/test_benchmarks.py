@@ -382,3 +382,30 @@ def test_gaps_between_tokens_are_those_that_a_span_touches():
     assert streams.gap(1.4, 2.0) == 2.5
     assert streams.gap(0.55, 0.7) == 1.0
     assert math.isnan(streams.gap(5.0, 6.0))
+
+
+def test_what_a_step_holds_up_is_not_the_next_steps(monkeypatch):
+    spans = []
+
+    class Streams:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def gap(self, begin: float, end: float) -> float:
+            spans.append((begin, end))
+            return 0.0
+
+    monkeypatch.setattr(holdup, "Streams", Streams)
+    monkeypatch.setattr(holdup, "QUIET_S", 0.1)
+    assert list(holdup.measure("", 1, {"load": lambda: None, "first request": lambda: None})) == [
+        "load",
+        "first request",
+    ]
+    (_, end), (begin, _) = spans
+    assert begin - end >= holdup.QUIET_S / 2

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.quality import data, learn, tasks, weights
+from benchmarks.quality import data, learn, models, tasks, weights
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.arms import Arm, arms_of
 from benchmarks.quality.bank import Bank
@@ -131,11 +131,12 @@ def test_fused_norms_change_rounding_alone(model, parts, dtype, bound):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=bound * float(theirs.abs().max()))
 
 
-def test_starts_are_drawn_adapter_by_adapter_and_layer_by_layer(model, layers):
-    """In this order and width: a seed's rows of an earlier run are compared with those of a later one."""
+def test_starts_are_drawn_layer_by_layer_whatever_else_is_trained(model, layers):
+    """In this order and width: a seed's rows of one unit are compared with those of another."""
     arms = [*ARMS, dataclasses.replace(ARMS[3], init="lora")]
-    bank, random = Bank(model, layers, arms, seed=5), torch.Generator().manual_seed(5)
+    bank = Bank(model, layers, arms, seed=5)
     for i, arm in enumerate(arms):
+        random = torch.Generator().manual_seed(5)
         for layer, (path, (a, b)) in zip(layers, bank.get(i).items(), strict=True):
             n = arm.nblocks if layer.parallelism == "row" else 1
             bound = math.sqrt((6 if n > 1 else 1) / (layer.inputs // n))
@@ -322,6 +323,67 @@ def test_batches_follow_the_seed_and_use_every_row(parts):
         for row, n in zip(b.ids.tolist(), b.length, strict=True)
     ]
     assert sorted(seen) == sorted(tuple(row[: int(n)]) for row, n in zip(rows.ids.tolist(), rows.length, strict=True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gguf_travels_as_its_blocks(tmp_path, tied):
+    """Of a Llama, whose q and k a GGUF file holds in another order. pack itself compares every weight that comes out again."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
+    from safetensors.torch import save_file
+
+    heads, kv_heads, width, kind = 4, 2, 32, GGMLQuantizationType.Q4_1
+    config = {"model_type": "llama", "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    random = np.random.default_rng(0)
+    writer, whole = GGUFWriter(tmp_path / "model.gguf", "llama"), {"model.norm.weight": torch.ones(width)}
+    sizes = {"blk.0.attn_q": width, "blk.0.attn_k": width // 2, "blk.0.ffn_up": 64, "token_embd": 16}
+    names = {
+        "blk.0.attn_q": "model.layers.0.self_attn.q_proj", "blk.0.attn_k": "model.layers.0.self_attn.k_proj",
+        "blk.0.ffn_up": "model.layers.0.mlp.up_proj", "token_embd": "model.embed_tokens", "output": "lm_head",
+    }  # fmt: skip
+    for name, rows in (sizes if tied else sizes | {"output": 16}).items():
+        raw = quantize(random.normal(size=(rows, width)).astype(np.float32), kind)
+        writer.add_tensor(f"{name}.weight", raw, raw_dtype=kind)
+        value = torch.from_numpy(dequantize(raw, kind))
+        if count := {"blk.0.attn_q": heads, "blk.0.attn_k": kv_heads}.get(name):
+            # Rows of a head: first halves and second halves of the rotary pairs, where the file has pair after pair.
+            value = value.view(count, -1, 2, width).transpose(1, 2).reshape(rows, width)
+        whole[f"{names[name]}.weight"] = value.clone()
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    half = len(whole) // 2  # a checkpoint in two files
+    for number, part in enumerate((list(whole)[:half], list(whole)[half:])):
+        save_file({name: whole[name] for name in part}, tmp_path / "model" / f"model-{number}.safetensors")
+    weights.pack(tmp_path / "model", tmp_path / "packed", tmp_path / "model.gguf")
+    kinds = json.loads((tmp_path / "packed" / "weights.json").read_text())["kinds"]
+    assert {name for name, found in kinds.items() if found == "Q4_1"} == whole.keys() - {"model.norm.weight"}
+    found = weights.unpack(tmp_path / "packed", torch.float32)
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def test_a_tokenizer_from_gguf_merges_by_score(tmp_path):
+    from gguf import GGUFWriter
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", *"▁abc", "ab", "bc", "abc", "▁abc"]
+    scores = [-1000.0] * 5 + [-9.0, -10.0, -11.0, -12.0] + [-2.0, -1.0, -3.0, -4.0]
+    writer = GGUFWriter(tmp_path / "model.gguf", "gemma3")
+    writer.add_token_list(pieces)
+    writer.add_token_scores(scores)
+    writer.add_token_types([3, 3, 3, 3, 4] + [1] * 8)
+    for name, number in (("pad", 0), ("eos", 1), ("bos", 2), ("unk", 3)):
+        getattr(writer, f"add_{name}_token_id")(number)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    tokenizer = models._tokenizer(tmp_path / "model.gguf")
+    for text, expected in {
+        " abc": ["▁abc"], "abcb": ["abc", "b"], "bcab\n": ["bc", "ab", "\n"], "ab c": ["ab", "▁", "c"],
+    }.items():  # fmt: skip
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.convert_ids_to_tokens(ids) == expected
+        assert tokenizer.decode(ids) == text
+    assert (tokenizer.bos_token, tokenizer.pad_token_id) == ("<bos>", 0)
 
 
 def test_intervals():
