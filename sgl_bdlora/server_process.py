@@ -90,8 +90,9 @@ class ServerProcess:
             show(waited, "".join(self._lines()[-1:]))
             # A proxy of the environment must not come between.
             with contextlib.suppress(httpx.TransportError):
-                left = max(1, min(HEALTH_S, self._patience - waited))
-                if httpx.get(f"{self.url}/health", timeout=left, trust_env=False).status_code == 200:
+                # What was asked before the server was warm may hang; a slow machine takes its time.
+                seconds = min(max(2, waited / 5), HEALTH_S, max(1, self._patience - waited))
+                if httpx.get(f"{self.url}/health", timeout=seconds, trust_env=False).status_code == 200:
                     return
             time.sleep(0.5)
         raise StartFailed(
