@@ -1,10 +1,10 @@
 """The decode step at other tensor-parallel sizes, predicted from rows of one size.
 
-    python -m benchmarks.latency.predict MEASURED [MEASURED ...] --products TUNE [--tp 4 8] [--output FILE]
+    python -m benchmarks.latency.predict MEASURED [MEASURED ...] --products TUNE [--tp 4 8] [--model 70b] [--layers 20] [--output FILE]
 
 MEASURED: rows of `python -m benchmarks.latency` of one model at one size, with the arm no-lora; each file's model is predicted, with all
-its layers. TUNE: rows of `python -m benchmarks.kernels.tune` at the same size, cuBLAS's microseconds for each of a layer's products. A step
-is the product of lm_head and its decoder layers, and one of those
+its layers, unless --model and --layers name others. TUNE: rows of `python -m benchmarks.kernels.tune` at the same size, cuBLAS's
+microseconds for each of a layer's products. A step is the product of lm_head and its decoder layers, and one of those
 
     sum over its four products of (start + bytes / tp / bandwidth)  +  2 all-reduces  +  the rest  +  what the arm adds
 
@@ -121,12 +121,16 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--output", type=Path, default=RESULTS / "prediction.jsonl", help="default: benchmarks/results/prediction.jsonl"
     )
+    add("--model", choices=("8b", "70b"), help="predict this one (default: the one that was measured)")
+    add("--layers", type=int, help="of them (default: all)")
     args = parser.parse_args(argv)
     try:
         fitted = {path: fit(read_rows(path), read_rows(args.products)) for path in args.measured}
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    for path, (model, shape) in fitted.items():
+    for path, (model, measured) in fitted.items():
+        shape = {None: measured, "8b": LLAMA_8B, "70b": LLAMA_70B}[args.model]
+        shape = replace(shape, layers=args.layers or shape.layers)
         rows = Rows(args.output, benchmark="prediction", measured=path.name, products=args.products.name)
         _predict(model, shape, args.tp, rows)
     print(args.output)
