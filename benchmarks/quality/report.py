@@ -52,6 +52,8 @@ class Results:
                 if "lr" in row:
                     kind = "LoRA" if row["nblocks"] == 1 else "blocks" if variant == "trained" else f"blocks, {variant}"
                     found.setdefault(kind, set()).add(row["lr"])
+                elif variant == "healed":
+                    found.setdefault(variant, set()).add(row["heal_lr"])
         return "; ".join(f"{kind} {', '.join(f'{lr:g}' for lr in sorted(rates))}" for kind, rates in found.items())
 
     def perplexity_changes(self, key: Key) -> list[float]:
@@ -64,9 +66,9 @@ class Results:
 
 
 def tables(rows: Sequence[dict]) -> str:
-    """Markdown: all tasks at equal parameters, a table for each model and task, the sweep, the speed-up."""
+    """Markdown: all tasks at equal parameters, a table for each model and task, the sweeps, the speed-up."""
     found = all_results(rows)
-    parts = [_summary(found), *map(_table, found), _sweep(rows), _speed(rows)]
+    parts = [_summary(found), *map(_table, found), _sweep(rows), _healing(rows), _speed(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -161,31 +163,59 @@ def _marked(found: Interval) -> str:
 
 
 def _sweep(rows: Sequence[dict]) -> str:
-    found: dict[tuple, dict[float, dict]] = {}
+    found: dict[tuple, dict[float, float]] = {}
     for row in rows:
         if row["kind"] == "sweep":
             place = (row["model"], row["task"], row["arm"], row["init"])
-            found.setdefault(place, {})[row["lr"]] = row
-    if not found:
-        return ""
-    rates = sorted({lr for by in found.values() for lr in by})
-    lines = [
+            found.setdefault(place, {})[row["lr"]] = _loss(row)
+    return _losses(
         "### Learning rates and starts",
-        "",
         "Validation loss (nats a text token + nats a class token), one seed; the lowest of a line is bold. Start: PEFT's own, or lora: "
         "the block-diagonal A of row-parallel layers as small as a plain LoRA's.",
-        "",
-        f"| model | task | adapter | start | {' | '.join(f'{lr:g}' for lr in rates)} |",
-        "|---|---|---|---|" + "---|" * len(rates),
-    ]
-    for (model, task, arm, init), by in found.items():
-        losses = {lr: row["text_loss"] + row["label_loss"] for lr, row in by.items()}
-        best = min(losses, key=losses.get)
+        ("model", "task", "adapter", "start"),
+        found,
+    )
+
+
+def _healing(rows: Sequence[dict]) -> str:
+    found: dict[tuple, dict[float | str, float]] = {}
+    for row in rows:
+        if row["kind"] == "heal" and row["nblocks"] > 1:
+            by = found.setdefault((row["model"], row["task"], row["nblocks"]), {})
+            by["not healed" if row["variant"] == "converted" else row["heal_lr"]] = _loss(row)
+    for row in rows:
+        if row["kind"] == "heal" and row["nblocks"] == 1:
+            for model, task, nblocks in found:
+                if (model, task) == (row["model"], row["task"]):
+                    found[model, task, nblocks]["LoRA"] = _loss(row)
+    return _losses(
+        "### Healing's rates",
+        "Validation loss, as above, at the LoRA's parameters: of the LoRA, of its conversion, and of that healed at several rates; "
+        "one seed; the lowest of the rates is bold.",
+        ("model", "task", "blocks"),
+        found,
+    )
+
+
+def _loss(row: dict) -> float:
+    return row["text_loss"] + row["label_loss"]
+
+
+def _losses(title: str, text: str, names: Sequence[str], found: dict[tuple, dict[float | str, float]]) -> str:
+    """A line for each of `found`: its losses by rate, which are numbers, after those that have a name."""
+    columns = {column for by in found.values() for column in by}
+    columns = sorted(columns, key=lambda column: (not isinstance(column, str), column))
+    lines = []
+    for place, by in found.items():
+        best = min((column for column in by if not isinstance(column, str)), key=by.get, default=None)
         cells = [
-            "-" if lr not in losses else f"**{losses[lr]:.4f}**" if lr == best else f"{losses[lr]:.4f}" for lr in rates
+            "-" if column not in by else f"**{by[column]:.4f}**" if column == best else f"{by[column]:.4f}"
+            for column in columns
         ]
-        lines.append(f"| {model} | {task} | {arm} | {init} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(f"| {' | '.join(map(str, [*place, *cells]))} |")
+    heads = [*names, *(column if isinstance(column, str) else f"{column:g}" for column in columns)]
+    head = [title, "", text, "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    return "\n".join([*head, *lines]) if lines else ""
 
 
 def _speed(rows: Sequence[dict]) -> str:

@@ -1,6 +1,7 @@
 """The runs: a learning-rate sweep, the comparison, and the time of one pass for all adapters. Each unit can be done on its own.
 
 sweep/TASK        plain and block-diagonal (4 blocks) at several learning rates and both starts, on the validation rows
+heal/TASK         conversions of the LoRA at the sweep's best rate, healed at several rates, on the validation rows
 main/TASK/SEED    every arm trained in one pass from PEFT's start, then conversions of its LoRA, before and after healing; on the test rows
 start/TASK/SEED   the block-diagonal arms again, from a start as small as a LoRA's
 base/TASK         the model without an adapter
@@ -20,13 +21,16 @@ import torch
 
 from benchmarks.quality import data, learn
 from benchmarks.quality.arms import Arm, arms_of
-from benchmarks.quality.bank import Bank
+from benchmarks.quality.bank import Bank, Tensors
 from benchmarks.quality.weights import load_model
 from benchmarks.record import Rows as RowFile
 from benchmarks.record import read_rows
 from sgl_bdlora.adapters.model import read_model
 
 RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+# A converted adapter is nearly right, and AdamW's steps are as long as its rate however small the gradient: rates as high as for
+# training undo conversions that were exact.
+HEAL_RATES = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)
 SWEEP_SEED = 100
 CONVERTED_GOALS = (1.0, 1.74)
 
@@ -35,8 +39,7 @@ CONVERTED_GOALS = (1.0, 1.74)
 class Plan:
     """What to run and how long. rank: of the plain LoRA. together: adapters in one pass. test: rows, None for all of them.
 
-    lr: where there is no sweep. heal_lr: a converted adapter is nearly right, and AdamW's steps are as long as its rate however small the
-    gradient: rates as high as for training undo conversions that were exact.
+    lr, heal_lr: where there is no sweep.
     """
 
     rank: int = 30
@@ -48,12 +51,22 @@ class Plan:
     test: int | None = None
     together: int = 12
     rates: tuple[float, ...] = RATES
+    heal_rates: tuple[float, ...] = HEAL_RATES
     lr: float = 1e-3
     heal_lr: float = 2e-4
 
 
 QUICK = Plan(
-    rank=4, nblocks=(2,), seeds=(0, 1), steps=4, heal_steps=2, batch=2, test=16, together=4, rates=(1e-3, 2e-3)
+    rank=4,
+    nblocks=(2,),
+    seeds=(0, 1),
+    steps=4,
+    heal_steps=2,
+    batch=2,
+    test=16,
+    together=4,
+    rates=(1e-3, 2e-3),
+    heal_rates=(1e-4, 2e-4),
 )
 
 
@@ -75,9 +88,10 @@ class Quality:
         self.rows = RowFile(output, benchmark="quality", model=folder.name, dtype=str(dtype).removeprefix("torch."))
 
     def units(self) -> dict[str, Callable[[str], None]]:
-        """By name, in the order in which they have to run: the comparison takes its learning rates from the sweep's rows."""
+        """By name, in the order in which they have to run: the comparison takes its learning rates from the sweeps' rows."""
         tasks, found = data.tasks_in(self.folder), {}
         found |= {f"sweep/{task}": lambda unit, task=task: self._sweep(unit, task) for task in tasks}
+        found |= {f"heal/{task}": lambda unit, task=task: self._heal_sweep(unit, task) for task in tasks}
         found |= {f"speed/{task}": lambda unit, task=task: self._speed(unit, task) for task in tasks[:1]}
         found |= {f"base/{task}": lambda unit, task=task: self._base(unit, task) for task in tasks}
         for seed in self.plan.seeds:
@@ -115,7 +129,7 @@ class Quality:
         return []
 
     def _is_done(self, unit: str) -> bool:
-        """A sweep: all its rates are there. What was trained at another rate than the sweep chooses now is not done."""
+        """A sweep: all its rates are there. What was trained or healed at another rate than the sweeps choose now is not done."""
         kind, task, *_ = unit.split("/")
         if kind == "sweep":
             return not self._unswept(task)
@@ -125,6 +139,8 @@ class Quality:
                 done = row["kind"] == "done"
                 if "lr" in row:
                     rates[row["arm"]] = row["lr"] == self.chosen_rate(task, row["nblocks"] > 1, row.get("init", "peft"))
+                elif kind == "main" and row.get("variant") == "healed":
+                    rates[row["arm"], "healed"] = row["heal_lr"] == self.chosen_heal_rate(task, row["nblocks"])
         return done and all(rates.values())
 
     @contextmanager
@@ -187,7 +203,7 @@ class Quality:
         self._result("result", unit, task, None, arm, "base", score)
 
     def _main(self, unit: str, task: str, seed: int) -> None:
-        plan, test = self.plan, self._part(task, "test")
+        test = self._part(task, "test")
         arms = [replace(arm, lr=self.chosen_rate(task, arm.nblocks > 1)) for arm in self.arms]
         plain = None
         for bank, losses in self._passes(arms, task, seed):
@@ -196,27 +212,50 @@ class Quality:
                 if arm.nblocks == 1:
                     plain = bank.get(index)
                 self._result("result", unit, task, seed, arm, "trained", score, lr=arm.lr, loss=float(losses[index]))
-        chosen = [replace(arm, lr=plan.heal_lr) for arm in arms if arm.nblocks > 1 and arm.goal in CONVERTED_GOALS]
-        if not chosen:
+        chosen = [
+            replace(arm, lr=self.chosen_heal_rate(task, arm.nblocks))
+            for arm in arms
+            if arm.nblocks > 1 and arm.goal in CONVERTED_GOALS
+        ]
+        for variant, arm, error, score in self._healing(task, seed, arms[0], plain, chosen, test):
+            self._result("result", unit, task, seed, arm, variant, score, relative_error=error, heal_lr=arm.lr)
+
+    def _heal_sweep(self, unit: str, task: str) -> None:
+        rows, plain = self._part(task, "validation"), replace(self.arms[0], lr=self.chosen_rate(task, False))
+        blocked = [arm for arm in self.arms if arm.nblocks > 1 and arm.goal == 1.0]
+        arms = [replace(arm, lr=rate) for arm in blocked for rate in self.plan.heal_rates]
+        for bank, _ in self._passes([plain], task, SWEEP_SEED):
+            self._result("heal", unit, task, SWEEP_SEED, plain, "trained", self._scores(bank, rows)[0], lr=plain.lr)
+            for variant, arm, error, score in self._healing(task, SWEEP_SEED, plain, bank.get(0), arms, rows):
+                self._result("heal", unit, task, SWEEP_SEED, arm, variant, score, relative_error=error, heal_lr=arm.lr)
+
+    def _healing(
+        self, task: str, seed: int, plain: Arm, tensors: Tensors, arms: list[Arm], rows: data.Rows
+    ) -> Iterator[tuple[str, Arm, float, learn.Score]]:
+        """The plain adapter converted to `arms`, then healed at their rates: variant, arm, error of the updates, score of `rows`."""
+        if not arms:
             return
         with self._phase("build"):
-            teacher, students = Bank(self.model, self.layers, arms[:1]), Bank(self.model, self.layers, chosen)
-            teacher.put(0, plain)
-        with self._phase("convert"), learn.one_thread():  # one after another: threads contend for the interpreter
-            fits = [learn.convert(students, plain, arm.nblocks, arm.rank) for arm in chosen]
-        with self._phase("build"):
-            for index, (fitted, _) in enumerate(fits):
-                students.put(index, fitted)
-        for variant in ("converted", "healed"):
-            if variant == "healed":
-                batches = self._batches(task, plan.heal_steps, seed + 1000)
-                with self._phase("heal"):
-                    learn.train(self.model, students, batches, plan.heal_steps, teacher)
-            scores = self._scores(students, test)
-            for arm, (_, error), score in zip(students.arms, fits, scores, strict=True):
-                self._result(
-                    "result", unit, task, seed, arm, variant, score, relative_error=round(error, 5), heal_lr=arm.lr
-                )
+            teacher = Bank(self.model, self.layers, [plain])
+            teacher.put(0, tensors)
+        fits = {}
+        for at in range(0, len(arms), self.plan.together):
+            with self._phase("build"):
+                students = Bank(self.model, self.layers, arms[at : at + self.plan.together])
+            with self._phase("convert"), learn.one_thread():  # one after another: threads contend for the interpreter
+                for arm in students.arms:
+                    if arm.name not in fits:
+                        fits[arm.name] = learn.convert(students, tensors, arm.nblocks, arm.rank)
+            with self._phase("build"):
+                for index, arm in enumerate(students.arms):
+                    students.put(index, fits[arm.name][0])
+            for variant in ("converted", "healed"):
+                if variant == "healed":
+                    batches = self._batches(task, self.plan.heal_steps, seed + 1000)
+                    with self._phase("heal"):
+                        learn.train(self.model, students, batches, self.plan.heal_steps, teacher)
+                for arm, score in zip(students.arms, self._scores(students, rows), strict=True):
+                    yield variant, arm, round(fits[arm.name][1], 5), score
 
     def _start(self, unit: str, task: str, seed: int) -> None:
         lr = self.chosen_rate(task, True, "lora")
@@ -257,7 +296,16 @@ class Quality:
     def chosen_rate(self, task: str, blocked: bool, init: str = "peft") -> float:
         """The learning rate with the lowest validation loss in the sweep's rows; the plan's if there are none."""
         rows = [row for row in self._sweep_rows(task) if (row["nblocks"] > 1, row["init"]) == (blocked, init)]
-        return min(rows, key=lambda row: row["text_loss"] + row["label_loss"])["lr"] if rows else self.plan.lr
+        return min(rows, key=_loss)["lr"] if rows else self.plan.lr
+
+    def chosen_heal_rate(self, task: str, nblocks: int) -> float:
+        """The rate at which the sweep's conversion to `nblocks` has the lowest validation loss; the plan's if there are no rows."""
+        rows = [
+            row for row in self.earlier
+            if row["kind"] == "heal" and (row["model"], row["task"]) == (self.model_name, task)
+            and (row["variant"], row["nblocks"]) == ("healed", nblocks)
+        ]  # fmt: skip
+        return min(rows, key=_loss)["heal_lr"] if rows else self.plan.heal_lr
 
     def _result(
         self, kind: str, unit: str, task: str, seed, arm: Arm, variant: str, score: learn.Score, **more
@@ -270,6 +318,10 @@ class Quality:
             text_loss=_log(score.perplexity), accuracy=score.accuracy, label_loss=score.label_loss, rows=len(bits),
             correct=f"{int(bits, 2):x}", **more,
         )  # fmt: skip
+
+
+def _loss(row: dict) -> float:
+    return row["text_loss"] + row["label_loss"]
 
 
 def _log(perplexity: float) -> float:

@@ -415,11 +415,15 @@ def test_quick_run_resumes_and_reports(folder, parts, tmp_path, capsys):
     assert main([*words, "--resume"]) == 0
     assert len(read_rows(output)) == len(rows)
     assert [row["unit"] for row in rows if row["kind"] == "done"] == [
-        "sweep/toy", "base/toy", "speed/toy", "main/toy/0", "start/toy/0", "main/toy/1", "start/toy/1",
+        "sweep/toy", "base/toy", "heal/toy", "speed/toy", "main/toy/0", "start/toy/0", "main/toy/1", "start/toy/1",
     ]  # fmt: skip
     phases = {row["unit"]: row["phases"] for row in rows if row["kind"] == "done"}
     assert list(phases["main/toy/0"]) == ["build", "train", "score", "convert", "heal"]
     assert list(phases["base/toy"]) == ["score"]
+    healed = {row["heal_lr"]: row for row in rows if row["kind"] == "heal" and row["variant"] == "healed"}
+    assert set(healed) == set(QUICK.heal_rates)
+    best_heal = min(healed.values(), key=lambda row: row["text_loss"] + row["label_loss"])["heal_lr"]
+    assert {row["heal_lr"] for row in rows if row["kind"] == "result" and row["variant"] == "healed"} == {best_heal}
     for row in rows:
         assert row["kind"] != "done" or sum(row["phases"].values()) <= row["seconds"] + 0.05
     best = min((r for r in sweep if r["nblocks"] == 1), key=lambda row: row["text_loss"] + row["label_loss"])
@@ -429,7 +433,9 @@ def test_quick_run_resumes_and_reports(folder, parts, tmp_path, capsys):
     assert {v: variants.count(v) for v in variants} == {"trained": 4, "converted": 2, "healed": 2, "small start": 3}
     capsys.readouterr()
     assert main(["report", str(output)]) == 0
-    assert "| 2 blocks, healed |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 2 blocks, healed |" in printed
+    assert "| model | task | blocks | LoRA | not healed | 0.0001 | 0.0002 |" in printed
     assert output.with_suffix(".png").stat().st_size > 10_000
     assert "Seeds: 2;" in tables(rows)
     page = tmp_path / "page.md"
@@ -505,5 +511,5 @@ def _result(task, seed, arm, nblocks, variant):
     return {
         "kind": "result", "model": "m", "task": task, "seed": seed, "arm": arm, "nblocks": nblocks, "variant": variant, "rank": 4,
         "goal": 1.0, "params_ratio": 1.0, "steps": 4, "batch": 2, "rows": 4, "perplexity": 5.0 + nblocks + seed,
-        "accuracy": 0.5, "correct": "6",
+        "accuracy": 0.5, "correct": "6", "heal_lr": 2e-4,
     }  # fmt: skip
