@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument(
-        "--lr", type=float, default=2e-4, help="default: %(default)g. Far below a training's: it is nearly right"
+        "--lr", type=float, default=5e-5, help="default: %(default)g. Far below a training's: it is nearly right"
     )
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")

@@ -53,7 +53,7 @@ class Plan:
     rates: tuple[float, ...] = RATES
     heal_rates: tuple[float, ...] = HEAL_RATES
     lr: float = 1e-3
-    heal_lr: float = 2e-4
+    heal_lr: float = 5e-5
 
 
 QUICK = Plan(
