@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -311,7 +312,8 @@ def train(chosen: Settings) -> Path:
         start_as_lora(model)
     if chosen.gradient_checkpointing:
         model.enable_input_require_grads()
-    model.print_trainable_parameters()
+    if int(os.environ.get("RANK", 0)) == 0:  # of torchrun
+        model.print_trainable_parameters()
 
     evaluates = bool(held_out and chosen.eval_every)
     arguments = TrainingArguments(
@@ -337,6 +339,7 @@ def train(chosen: Settings) -> Path:
         seed=chosen.seed,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
     )
@@ -350,24 +353,27 @@ def train(chosen: Settings) -> Path:
     last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     if last and not chosen.resume:
         raise TrainError(f"{chosen.output} has checkpoints of another run: remove them, or leave out --no-resume")
-    fingerprint = _fingerprint(chosen)
+    fingerprint = _fingerprint(chosen) | {"processes": arguments.world_size}
     record = chosen.output / "training.json"
     if last and record.exists() and (before := json.loads(record.read_text())["settings"]) != fingerprint:
         changed = sorted(name for name in fingerprint if fingerprint[name] != before.get(name))
         raise TrainError(
             f"{chosen.output} holds a run with other settings ({', '.join(changed)}): choose another output, or remove it"
         )
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({"settings": fingerprint}, indent=1) + "\n")
+    first = trainer.is_world_process_zero()
+    if first:
+        chosen.output.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({"settings": fingerprint}, indent=1) + "\n")
     done = trainer.train(resume_from_checkpoint=last)
     scores = {"train_loss": done.training_loss}
     if held_out:
         loss = trainer.evaluate()["eval_loss"]
         scores |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 50))}
-    model.save_pretrained(chosen.output)
-    record.write_text(json.dumps({"settings": fingerprint, "scores": scores}, indent=1) + "\n")
-    check(chosen.output)
-    print(json.dumps(scores))
+    if first:
+        model.save_pretrained(chosen.output)
+        record.write_text(json.dumps({"settings": fingerprint, "scores": scores}, indent=1) + "\n")
+        check(chosen.output)
+        print(json.dumps(scores))
     return chosen.output
 
 

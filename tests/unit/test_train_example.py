@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -101,6 +103,28 @@ def test_resumed_run_equals_an_uninterrupted_one(train, config, tmp_path):
     assert whole.keys() == resumed.keys()
     for name in whole:
         torch.testing.assert_close(whole[name], resumed[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_twice_the_batch(config, tmp_path):
+    command = [str(EXAMPLES / "train.py"), str(config), "--eval-file", "null"]
+    runs = {
+        "one": [sys.executable, *command, "--batch", "4"],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, "--batch", "2"],
+    }  # fmt: skip
+    printed = {}
+    for name, words in runs.items():
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*words, "--output", str(tmp_path / name)], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        printed[name] = done.stdout
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in runs)
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
+    assert printed["two"].count("train_loss") == printed["one"].count("train_loss")
 
 
 def test_only_answers_count(train, zoo):
