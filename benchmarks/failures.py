@@ -1,7 +1,8 @@
-"""What a benchmark does with a server that does not start or breaks off: a row and a message, and the next one has its turn."""
+"""How benchmarks fail and end. A server does not start or breaks off: a row, a message, and the next one has its turn."""
 
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
@@ -27,3 +28,13 @@ class Failures:
         self.seen = True
         self._rows.write(kind="error", **where, message=message)
         print(f"{' '.join(where.values())}: {message}", file=sys.stderr, flush=True)
+
+
+def run_to_end(main: Callable[[], int | None]) -> int | None:
+    """main's exit code, or 130: SIGTERM ends it as Ctrl-C does, also in the background, so that servers are stopped and files removed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return main()
+    except KeyboardInterrupt:
+        return 130

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.failures import Failures
+from benchmarks.failures import Failures, run_to_end
 from benchmarks.files import LLAMA_8B, TINY, Shape, write_adapter, write_model
 from benchmarks.latency.arms import Setup, command
 from benchmarks.record import RESULTS, Rows, gpu_name
@@ -219,4 +219,4 @@ def _run(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_to_end(main))

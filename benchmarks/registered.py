@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks import files
-from benchmarks.failures import Failures
+from benchmarks.failures import Failures, run_to_end
 from benchmarks.record import RESULTS, Rows
 from sgl_bdlora.server_process import ServerProcess, free_port
 
@@ -86,4 +86,4 @@ def _ask(url: str, key: str) -> tuple[float, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_to_end(lambda: main(sys.argv[1:])))

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 from tqdm import tqdm
 
-from benchmarks.failures import Failures
+from benchmarks.failures import Failures, run_to_end
 from benchmarks.files import (
     LLAMA_8B,
     TINY,
@@ -222,4 +222,4 @@ def show(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_to_end(main))

@@ -28,6 +28,7 @@ import torch
 import yaml
 
 from benchmarks.cluster.client import client, replay, send
+from benchmarks.failures import run_to_end
 from benchmarks.files import Shape, write_adapter, write_model
 from benchmarks.record import RESULTS, Rows
 from sgl_bdlora.cluster.config import load_config
@@ -210,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_to_end(main))

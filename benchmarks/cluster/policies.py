@@ -31,6 +31,7 @@ import httpx
 
 from benchmarks.cluster.client import Sent, client, replay, send
 from benchmarks.cluster.compared import ASKED, DRAIN_S, against_simulator, point, table
+from benchmarks.failures import run_to_end
 from benchmarks.files import LLAMA_8B, MODULES, TINY, Shape, write_adapter, write_model
 from benchmarks.record import RESULTS, Rows, gpu_name, read_rows
 from sgl_bdlora.cluster.config import ClusterConfig, from_dict
@@ -301,4 +302,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_to_end(main))

@@ -25,7 +25,7 @@ import httpx
 
 from benchmarks.cluster.points import ADAPTERS, DECODE, PREFILL, Point
 from benchmarks.cluster.profiled import report, write_defaults
-from benchmarks.failures import Failures
+from benchmarks.failures import Failures, run_to_end
 from benchmarks.files import LLAMA_8B, TINY, Shape, bytes_per_rank, write_adapter, write_model
 from benchmarks.latency.arms import Setup, command
 from benchmarks.latency.mixes import adapters_of, mix
@@ -178,4 +178,4 @@ class Profile:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_to_end(main))

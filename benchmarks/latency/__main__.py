@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.failures import Failures
+from benchmarks.failures import Failures, run_to_end
 from benchmarks.files import (
     ATTENTION,
     LLAMA_8B,
@@ -339,4 +339,4 @@ class Latency:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_to_end(main))

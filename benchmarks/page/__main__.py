@@ -27,6 +27,7 @@ from app.compare import BLOCK, PLAIN
 from app.context import Context
 from app.measure import METRICS
 from app.plots import number, scaled
+from benchmarks.failures import run_to_end
 from benchmarks.files import LLAMA_8B, TINY, Shape, bytes_per_rank, matched_rank, write_adapter, write_model
 from benchmarks.latency.__main__ import lengths
 from benchmarks.latency.arms import Setup, command
@@ -225,4 +226,4 @@ def _cell(value: float, runs: tuple[float, float], factor: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_to_end(main))

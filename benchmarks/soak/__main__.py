@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 from zoo import Oracle, write_model
 
-from benchmarks.failures import Failures
+from benchmarks.failures import Failures, run_to_end
 from benchmarks.record import RESULTS, Rows
 from benchmarks.workload import percentile
 
@@ -208,4 +208,4 @@ def summarize(rows: Rows, samples: list[dict], tally: Tally, handles: dict[str, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_to_end(main))

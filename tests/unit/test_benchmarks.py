@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -84,6 +85,34 @@ def test_a_server_that_fails_is_a_row_and_a_message_and_the_next_has_its_turn(tm
     assert capsys.readouterr().err == "stock: The server ended\ns-lora: ReadTimeout('')\n"
     with pytest.raises(KeyError), failures.of(server="ours"):
         raise KeyError("a fault of the benchmark")
+
+
+def test_a_benchmark_that_is_told_to_end_stops_its_server_and_removes_its_files(tmp_path):
+    program = """if True:
+        import pathlib, sys, tempfile, time
+        from benchmarks.failures import run_to_end
+        from sgl_bdlora.server_process import ServerProcess
+
+        def main():
+            with tempfile.TemporaryDirectory(dir=sys.argv[1]) as name:
+                server = ServerProcess([sys.executable, "-c", "import time; time.sleep(60)"], {}, "", pathlib.Path(name) / "log", 60)
+                server.start()
+                try:
+                    print(server.pid, flush=True)
+                    time.sleep(60)
+                finally:
+                    server.stop()
+
+        sys.exit(run_to_end(main))
+    """
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True) as benchmark:
+        server = int(benchmark.stdout.readline())
+        benchmark.terminate()
+        assert benchmark.wait(20) == 130
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
 
 
 def test_a_benchmark_whose_servers_do_not_start_tells_of_each_and_fails(tmp_path, capsys, monkeypatch):
