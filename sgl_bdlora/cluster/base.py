@@ -113,9 +113,13 @@ class View:
 
 
 class Policy(ABC):
-    """plan() says where adapters live, every period; pick() says who answers one request. Both are functions of what they are given."""
+    """plan() says where adapters live, every period; pick() says who answers one request. Both are functions of what they are given.
+
+    places: whether the table's new pairs are to be loaded; not where it only says who may answer.
+    """
 
     name: str
+    places: bool = True
 
     @abstractmethod
     def plan(self, problem: Problem, current: RoutingTable | None) -> RoutingTable:

@@ -141,6 +141,8 @@ def ranking(adapter: str, replicas: tuple[str, ...]) -> tuple[int, ...]:
 class _Anywhere(Policy):
     """Every replica may answer for every adapter that it can hold; the choice is made request by request, from what is loaded."""
 
+    places = False
+
     def plan(self, problem: Problem, current: RoutingTable | None) -> RoutingTable:
         problem.check_adapters()
         names = tuple(r.name for r in problem.replicas)

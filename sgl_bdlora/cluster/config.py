@@ -117,8 +117,8 @@ class Serve:
     device: gpu, cpu or auto. cpus: what Ray reserves for a replica. arguments: more words for each server's command line.
     max_replicas: replicas are added up to this, and taken away down to replicas.count when the demand has not needed them for
     downscale_s (0: never). queue: requests that may wait for a place in a replica; more get 429. first_byte_s: a request without a
-    first token by then gets 503. silence_s: a stream that says nothing for so long is ended. start_s: for all replicas to start.
-    store_gib: host memory for adapters in Ray's object store.
+    first token, or one that is not streamed without its answer, by then gets 503. silence_s: a stream that says nothing for so long is
+    ended. start_s: for all replicas to start. store_gib: host memory for adapters in Ray's object store.
     """
 
     model: str = ""

@@ -247,11 +247,11 @@ class Simulation:
         self._observe(counts)
         self._table = self._policy.plan(self._problem(), None)
         self._plans = 1
-        anywhere = all(len(parts) == len(self._specs) > 1 for parts in self._table.shares.values())
         for k, a in enumerate(np.argsort(-counts, kind="stable").tolist()):
             adapter = self._adapters[a]
             # Policies that may send a request anywhere start with each adapter on one replica, round robin.
-            names = [self._specs[k % len(self._specs)].name] if anywhere else self._table.holders(adapter.name)
+            round_robin = [self._specs[k % len(self._specs)].name]
+            names = self._table.holders(adapter.name) if self._policy.places else round_robin
             for name in names:
                 self._replicas[self._index[name]].preload(adapter)
 
@@ -279,9 +279,9 @@ class Simulation:
         self._plans += 1
         if self._table.shares == before.shares:
             return
+        if not self._policy.places:
+            return
         new = moves(before, self._table)
-        if len(new) > len(self._adapters) * len(self._specs) // 2:
-            return  # a policy that sends requests anywhere does not place
         self._moves += len(new)
         self._most_moves = max(self._most_moves, len(new))
         for name, replica in sorted(new):

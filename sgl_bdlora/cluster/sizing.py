@@ -18,14 +18,16 @@ def needed_replicas(
     config: ClusterConfig, most: int, tried: Callable[[int, Result | None], None] | None = None
 ) -> tuple[int | None, dict[int, Result]]:
     """The fewest replicas, at most `most`, with which the workload keeps the SLO, taking it that more never serve worse; None if
-    even `most` do not. Also every result by replicas; a number on which the adapters have no room has none.
+    even `most` do not. Also every result by replicas; a number on which the adapters have no room has none. Failures of replicas
+    that a try does not have are left out of it.
     """
     results: dict[int, Result] = {}
 
     def enough(count: int) -> bool:
         try:
             # However many a deployment of it may add: how many it would need is the question.
-            result = simulate(config.with_(replicas={"count": count}, serve={"max_replicas": 0}))
+            failures = tuple(failure for failure in config.failures if failure.replica < count)
+            result = simulate(config.with_(replicas={"count": count}, serve={"max_replicas": 0}, failures=failures))
         except PlacementError:
             if count == most:
                 raise

@@ -107,8 +107,12 @@ def test_routers_take_a_policy_that_the_controller_changed():
         follower.take(news, made.config, load_costs(made.config.costs))
         assert follower.live.policy.name == "toppings"
         assert follower.live.table == made.table
-        follower.take({**news, "table": None, "policy": "affinity"}, made.config, load_costs(made.config.costs))
-        assert (follower.live.policy.name, follower.live.table) == ("affinity", None)
+        # A controller that has just started has no table yet.
+        none = {**news, "table": None, "policy": "affinity"}
+        follower.take(none, made.config, load_costs(made.config.costs))
+        assert (follower.live.policy.name, follower.live.table) == ("affinity", made.table)
+        follower.take(none, made.config, load_costs(made.config.costs), anew=True)
+        assert follower.live.table is None
     finally:
         vars(follower.live).update(vars(kept))
 
@@ -150,6 +154,37 @@ def test_a_death_heals_at_once_and_the_next_replica_gets_a_plan():
     # What the dead one loaded still counts.
     assert status["cold_loads"] == {"peer": 2, "disk": 3}
     assert status["bytes_moved"] == {"peer": 20, "disk": 30}
+
+
+def test_what_replicas_did_counts_once_however_late_they_say_it():
+    clock = Clock()
+    made = control(clock)
+    made.front_says(front(members=("x", "y")))
+    made.replica_says("x", replica(disk=3))
+    made.replica_says("y", replica(disk=4))
+    made.front_says(front(members=("y",)))
+    made.replica_says("x", replica(disk=4))  # it ends, and says so
+    assert made.status()["cold_loads"]["disk"] == 8
+    # A front that has just started knows no replica.
+    made.front_says(front(members=()))
+    made.front_says(front(members=("y",)))
+    assert made.status()["cold_loads"]["disk"] == 8
+    clock.now += 100
+    made.replica_says("y", replica(disk=5))
+    made.tick()
+    assert set(made._reports) == {"y"}
+    assert made.status()["cold_loads"]["disk"] == 9
+
+
+@pytest.mark.parametrize("name", ["affinity", "toppings"])
+def test_policies_that_place_nothing_have_nothing_copied(name):
+    made = control(policy={"name": name, "max_moves": 3})
+    made.front_says(front({f"a{i}": 10 for i in range(24)}, members=("x", "y")))
+    made.front_says(front(members=("y",)))
+    made.front_says(front(members=("y", "z")))
+    made.tick()
+    assert set(made.table.replicas) == {"y", "z"}
+    assert (made.moved, made.prefetch) == (0, {})
 
 
 def test_the_death_of_all_is_survived():
@@ -292,7 +327,21 @@ def test_every_policy_routes_by_its_own_table():
         assert picked == {"x", "y"} or name in ("toppings", "affinity"), name
 
 
-def test_a_refusal_that_is_told_late_does_not_end_the_request_elsewhere():
+class Sent:
+    """What Serve gives for a request: tells when it has ended, at once where it has ended already."""
+
+    def __init__(self, ended: bool = False):
+        self._ended, self._tell = ended, []
+
+    def add_done_callback(self, tell) -> None:
+        tell(self) if self._ended else self._tell.append(tell)
+
+    def end(self) -> None:
+        for tell in self._tell:
+            tell(self)
+
+
+def test_a_router_knows_its_requests_until_they_end_however_short_they_are():
     pytest.importorskip("ray")
     from sgl_bdlora.cluster.serving.router import TableRouter
 
@@ -300,8 +349,14 @@ def test_a_refusal_that_is_told_late_does_not_end_the_request_elsewhere():
     router._sent = {}
     x, y = (SimpleNamespace(unique_id=name) for name in "xy")
     metadata = SimpleNamespace(internal_request_id="1", multiplexed_model_id="a0")
-    router.on_request_routed(SimpleNamespace(metadata=metadata), y, None)
+    request = SimpleNamespace(metadata=metadata)
+    sent = Sent()
+    router.on_request_routed(request, y, sent)
+    # A full replica's refusal, told late, and Serve's own word of a request's end are of no account.
     router.on_request_completed(x, "1")
-    assert list(router._sent) == [("1", "y")]
     router.on_request_completed(y, "1")
+    assert router._sent == {("1", "y"): "a0"}
+    sent.end()
+    assert not router._sent
+    router.on_request_routed(request, x, Sent(ended=True))
     assert not router._sent

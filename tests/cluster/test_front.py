@@ -102,6 +102,19 @@ def test_a_stream_passes_through_and_is_counted():
     assert front._backends.sent[0]["multiplexed_model_id"] == "a0"
 
 
+def test_lengths_are_of_adapters_answers_and_of_all_their_prompts():
+    """They turn an adapter's requests into its demand."""
+    two = b'[{"meta_info": {"prompt_tokens": 5, "completion_tokens": 2}}, {"meta_info": {"prompt_tokens": 6, "completion_tokens": 3}}]'
+    front = make([(200, "application/json", two)], WHOLE, DONE, [(200, "application/json", b"{}")])
+    assert ask(front, {"text": ["x", "y"], "lora_path": "a0"})[0] == 200
+    assert (front._report.answered, front._report.tokens) == (1, 16)
+    ask(front, {"text": "x"})
+    ask(front, {"text": "x", "stream": True})
+    ask(front, {"text": "x", "lora_path": "a0"})
+    assert (front._report.answered, front._report.tokens) == (1, 16)
+    assert outcomes(front) == {"done": 4}
+
+
 @pytest.mark.parametrize(("model", "adapter", "sent"), [
     ("a1", "a1", "base:a1"), ("base:a1", "a1", "base:a1"), ("base", None, "base"),
 ])  # fmt: skip
@@ -145,8 +158,10 @@ def test_full_replicas_and_silent_ones_are_no_hang():
     front = make([5.0])
     status, headers, body = ask(front, {"text": "x"})
     assert (status, headers["retry-after"]) == (503, "10")
-    assert b"serve.first_byte_s = 0.2" in body
+    assert b"the whole answer within serve.first_byte_s = 0.2; a request with stream: true" in body
     assert front._backends.cancelled == 1
+    front = make([5.0])
+    assert b'a first token within serve.first_byte_s = 0.2"' in ask(front, {"text": "x", "stream": True})[2]
 
 
 def test_a_demand_beyond_capacity_is_shed_where_asked_for(monkeypatch):

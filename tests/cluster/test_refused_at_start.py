@@ -138,6 +138,7 @@ def test_a_body_is_in_a_file_only_while_it_is_loaded(copied, tmp_path, fault):
     ({"model": "/nowhere"}, {}, ConfigError, r"serve.model = '/nowhere' is no directory"),
     ({"adapter_root": "/nowhere"}, {}, ConfigError, r"serve.adapter_root = '/nowhere' is no directory"),
     ({"name": "a:b"}, {}, ConfigError, r"serve.name = 'a:b' has a colon"),
+    ({"name": "bd4-r16"}, {}, ConfigError, r"serve.name = 'bd4-r16' is an adapter's name too"),
     ({"host": "0.0.0.0"}, {}, ConfigError, rf"serve.host = '0.0.0.0' can be reached from other machines; set {KEY_ENV}"),
     ({}, {"replicas": {"max_rank": 16}}, PlacementError, r"'plain-r32' has rank 32 and fits no replica: replicas.max_rank = 16"),
     ({}, {"replicas": {"pool_gib": 0.0001}}, PlacementError, r"adapter '.*' .*fits no replica.*replicas.pool_gib"),

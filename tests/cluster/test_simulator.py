@@ -127,7 +127,7 @@ def test_requests_are_conserved(case):
     # One token more takes at least one step.
     steps = (result.trace.output - 1)[finished] * load_costs("bdlora").decode_ms / 1000
     assert (result.finish[finished] - result.first[finished] >= steps - 1e-9).all()
-    assert result.most_moves <= c.policy.max_moves or c.failures
+    assert result.most_moves <= c.policy.max_moves or (c.failures and c.policy.name in ("random", "contiguous"))
     if result.unfinished == 0:
         assert sim._view.requests.sum() == 0
         assert sim._view.rows.sum() == 0
@@ -256,6 +256,8 @@ def test_sizing_finds_the_fewest_replicas():
     assert keeps_slo(results[count])
     assert not keeps_slo(results[count - 1])
     assert needed_replicas(c.with_(workload={"rate": 100.0}), 2)[0] is None
+    # A failure of a replica that a try does not have is none.
+    assert needed_replicas(c.with_(replicas={"count": 8}, failures=(Failure(7, 1.0, 1.0),)), 8)[0] == count
     # What a deployment may grow to does not bound the search.
     c = c.with_(replicas={"count": 1}, serve={"max_replicas": 1})
     assert needed_replicas(c, 16)[0] == count

@@ -162,17 +162,18 @@ class Backend:
         self._bytes[source] += size
 
     async def _from_peer(self, adapter: str) -> np.ndarray | None:
-        controller = follower.controller()
-        for reference in await controller.source.remote(adapter):
-            try:
-                return await asyncio.wait_for(asyncio.wrap_future(reference.future()), FETCH_S)
-            except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
-                logger.warning(
-                    "cluster: adapter %s cannot be had from a peer (%s), it is read from disk",
-                    adapter,
-                    type(error).__name__,
-                )
-                await controller.lost.remote(adapter)
+        """Its body; None where no peer has it, or the controller does not answer: it is read from disk then."""
+        try:
+            controller = follower.controller()
+            for reference in await controller.source.remote(adapter):
+                try:
+                    return await asyncio.wait_for(asyncio.wrap_future(reference.future()), FETCH_S)
+                except (ray.exceptions.RayError, asyncio.TimeoutError):
+                    await controller.lost.remote(adapter)
+                    raise
+        except (ValueError, ray.exceptions.RayError, asyncio.TimeoutError) as error:
+            words = "cluster: adapter %s cannot be had from a peer (%s), it is read from disk"
+            logger.warning(words, adapter, type(error).__name__)
         return None
 
     async def _offer(self, adapter: str) -> None:

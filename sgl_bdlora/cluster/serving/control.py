@@ -19,6 +19,8 @@ from sgl_bdlora.cluster.trace import mean_lengths
 # Upper ends of the buckets of the time to the first token, in seconds.
 TTFT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 PLANS_KEPT = 60
+# A replica that Serve no longer runs still reports while it ends; what it did counts as final after so long without a word.
+GONE_S = 60.0
 # How long the first plan waits for replicas that are still starting, so that it need not be moved away from.
 SETTLE_S = 60.0
 
@@ -76,7 +78,9 @@ class Control:
         self._members: tuple[str, ...] = ()
         self._first_member: float | None = None
         self._labels: dict[str, str] = {}
+        # Of replicas that run or ran until lately, and when they came.
         self._reports: dict[str, ReplicaReport] = {}
+        self._reported: dict[str, float] = {}
         self._gone = {"cold_loads": Counter(), "bytes_moved": Counter(), "unloads": 0}
         self._wanted: deque[tuple[float, int]] = deque()
         self._plans: deque[dict] = deque(maxlen=PLANS_KEPT)
@@ -131,6 +135,7 @@ class Control:
 
     def replica_says(self, name: str, report: ReplicaReport) -> None:
         self._reports[name] = report
+        self._reported[name] = self._clock()
 
     def members_are(self, names: Iterable[str]) -> None:
         """Heal the table of replicas that are gone, plan for those that came."""
@@ -141,11 +146,6 @@ class Control:
         self._members = names
         for name in gone:
             self._labels.pop(name, None)
-            report = self._reports.pop(name, None)
-            if report:
-                for key in ("cold_loads", "bytes_moved"):
-                    self._gone[key].update(getattr(report, key))
-                self._gone["unloads"] += report.unloads
         free = (f"r{i}" for i in range(len(names)) if f"r{i}" not in self._labels.values())
         for name in sorted(came):
             self._labels[name] = next(free)
@@ -170,7 +170,17 @@ class Control:
         self._demand.observe(tokens, max(now - self._window, 1e-3))
         self._arrived.clear()
         self._window = now
+        self._part_with_the_gone(now)
         self.plan()
+
+    def _part_with_the_gone(self, now: float) -> None:
+        for name in set(self._reports) - set(self._members):
+            if now - self._reported[name] > GONE_S:
+                del self._reported[name]
+                report = self._reports.pop(name)
+                for key in ("cold_loads", "bytes_moved"):
+                    self._gone[key].update(getattr(report, key))
+                self._gone["unloads"] += report.unloads
 
     def _problem(self, replicas: tuple[Replica, ...]) -> Problem:
         policy = self.config.policy
@@ -197,9 +207,7 @@ class Control:
             return
         self.planned += 1
         self.stamp += 1
-        new = moves(before, table)
-        if len(new) > len(self.adapters) * len(self._members) // 2 > self.config.policy.max_moves:
-            new = set()  # a policy that sends requests anywhere does not place
+        new = moves(before, table) if self._policy.places else set()
         if before is None and self._versions:
             table = replace(table, version=self._versions + 1)
         self.table, self._versions = table, table.version

@@ -49,11 +49,13 @@ def follow(
         threading.Thread(target=_follow, args=(on_prefetch, on_forget), daemon=True).start()
 
 
-def take(news: dict, config: ClusterConfig, costs: Costs) -> None:
-    """Put what the controller says into `live`."""
+def take(news: dict, config: ClusterConfig, costs: Costs, anew: bool = False) -> None:
+    """Put what the controller says into `live`. Where it has no table, as one that has just started, the last one stays in force,
+    unless everything is to be forgotten (anew)."""
     if live.policy is None or news["policy"] != live.policy.name:
         live.policy = policy_of(config.with_(policy={"name": news["policy"]}), costs)
-    live.table = RoutingTable.from_json(news["table"]) if news["table"] else None
+    if news["table"] or anew:
+        live.table = RoutingTable.from_json(news["table"]) if news["table"] else None
     live.required = news["required"]
 
 
@@ -77,8 +79,9 @@ def _follow(on_prefetch, on_forget) -> None:
             continue
         if news["stamp"] != stamp:
             stamp = news["stamp"]
-            take(news, config, costs)
-            if on_forget and forgotten not in (None, news["forgotten"]):
+            anew = forgotten not in (None, news["forgotten"])
+            take(news, config, costs, anew)
+            if on_forget and anew:
                 on_forget()
             forgotten = news["forgotten"]
             if on_prefetch and news["prefetch"]:

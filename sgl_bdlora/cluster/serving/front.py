@@ -68,6 +68,12 @@ class Asked:
     began: float
 
 
+def tokens_of(answer: bytes, last: bool = False) -> int:
+    """Prompt and output tokens that an answer says it has, of all its prompts; last: of a stream's piece, whose last word counts."""
+    found = [[int(word) for word in pattern.findall(answer)] for pattern in (PROMPT_TOKENS, OUTPUT_TOKENS)]
+    return sum(sum(words[-1:] if last else words) for words in found) if all(found) else 0
+
+
 @serve.ingress(app)
 class Front:
     """config: the cluster's; adapters: their names; key: what clients have to send as bearer token, None for nothing."""
@@ -234,7 +240,8 @@ class Front:
                 seconds = self._config.serve.first_byte_s
                 raise Refusal(
                     503,
-                    f"no replica had a first token within serve.first_byte_s = {seconds:g}",
+                    f"no replica had {'a first token' if asked.stream else 'the whole answer'} within serve.first_byte_s = {seconds:g}"
+                    + ("" if asked.stream else "; a request with stream: true has that long for its first token alone"),
                     self._config.policy.period_s,
                 ) from None
             except asyncio.CancelledError:
@@ -262,12 +269,12 @@ class Front:
                 self._note(outcome="refused" if status < 500 else "failed")
                 return Response(first, status, media_type=kind)
             if not kind.startswith("text/event-stream"):
-                self._note(outcome="done", ttft=seconds, tail=first)
+                self._note(outcome="done", ttft=seconds, tokens=tokens_of(first) if asked.adapter else 0)
                 return Response(first, status, media_type=kind)
-            return StreamingResponse(self._stream(pieces, first, seconds), status, media_type=kind)
+            return StreamingResponse(self._stream(asked, pieces, first, seconds), status, media_type=kind)
         raise AssertionError
 
-    async def _stream(self, pieces, first: bytes, ttft: float) -> AsyncIterator[bytes]:
+    async def _stream(self, asked: Asked, pieces, first: bytes, ttft: float) -> AsyncIterator[bytes]:
         """The rest of a stream. What breaks it is said in it: its status is sent already."""
         tail, outcome = first, "left"
         try:
@@ -286,16 +293,17 @@ class Front:
         finally:
             if outcome != "done":
                 pieces.cancel()
-            self._note(outcome=outcome, ttft=ttft, tail=tail)
+            counted = asked.adapter is not None and outcome == "done"
+            self._note(outcome=outcome, ttft=ttft, tokens=tokens_of(tail, last=True) if counted else 0)
 
     def _note(
         self,
         arrived: str | bool | None = False,
         outcome: str | None = None,
         ttft: float | None = None,
-        tail: bytes = b"",
+        tokens: int = 0,
     ) -> None:
-        """Count for the next report. tail: the end of an answer, which may say how many tokens there were."""
+        """Count for the next report. tokens: of an adapter's answer and its prompt, 0 where they are not known."""
         with self._lock:
             report = self._report
             if arrived is not False:
@@ -305,10 +313,9 @@ class Front:
             if ttft is not None:
                 report.ttft[bisect_left(TTFT_BUCKETS, ttft)] += 1
                 report.ttft_seconds += ttft
-            prompt, output = PROMPT_TOKENS.findall(tail), OUTPUT_TOKENS.findall(tail)
-            if outcome == "done" and prompt and output:
+            if tokens:
                 report.answered += 1
-                report.tokens += int(prompt[-1]) + int(output[-1])
+                report.tokens += tokens
 
     def _report_for_ever(self) -> None:
         actor = None

@@ -36,6 +36,8 @@ class Holding:
         # Bytes of loads that have their turn.
         self._coming: dict[str, int] = {}
         self._turns, self._making_room = asyncio.Semaphore(LOADS), asyncio.Lock()
+        # Copies in advance have one of the turns at most: a request's load must not wait behind them.
+        self._ahead_turn = asyncio.Lock()
         self._forgotten = 0
 
     @asynccontextmanager
@@ -51,7 +53,8 @@ class Holding:
         """Load it without a request, unless it is forgotten before its turn; why it cannot be had, if it cannot."""
         self._ahead.add(adapter)
         try:
-            return await self._ensure(adapter)
+            async with self._ahead_turn:
+                return await self._ensure(adapter) if adapter in self._ahead else None
         finally:
             self._ahead.discard(adapter)
 
@@ -67,7 +70,7 @@ class Holding:
 
     def waiting(self) -> list[str]:
         """Adapters whose load is under way or waits for its turn."""
-        return list(self._loading)
+        return [*self._loading, *sorted(self._ahead - self._loading.keys() - self.loaded.keys())]
 
     async def _ensure(self, adapter: str) -> str | None:
         if adapter in self.loaded:

@@ -54,6 +54,10 @@ def check(config: ClusterConfig) -> dict[str, Entry]:
                 f"serve.port = {serve.port}: cannot listen on {serve.host} ({error.strerror}); choose another"
             ) from None
     catalog = read_catalog(serve.adapter_root)
+    if base_name(config) in catalog:
+        raise ConfigError(
+            f"serve.name = {base_name(config)!r} is an adapter's name too, so that requests for one would go to the other; choose another"
+        )
     check_limits(catalog, config)
     Control(config, tuple(entry.adapter for entry in catalog.values()))
     return catalog

@@ -56,11 +56,10 @@ class TableRouter(RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result) -> None:
         metadata = pending_request.metadata
-        self._sent[metadata.internal_request_id, replica_id.unique_id] = metadata.multiplexed_model_id
-
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        # Also told of a full replica that refused it, when another one may have it already.
-        self._sent.pop((internal_request_id, replica_id.unique_id), None)
+        sent = metadata.internal_request_id, replica_id.unique_id
+        self._sent[sent] = metadata.multiplexed_model_id
+        # Not on_request_completed: Serve may tell of a short request's end before it tells of its beginning.
+        result.add_done_callback(lambda _: self._sent.pop(sent, None))
 
     def _table_of(self, alive: frozenset[str]) -> RoutingTable | None:
         """The published table without replicas that Serve no longer runs, which the controller may not have heard of yet."""

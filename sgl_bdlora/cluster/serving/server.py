@@ -58,7 +58,8 @@ class ReplicaServer:
         # Without trust_env a proxy of the environment cannot come between.
         self.http = httpx.AsyncClient(
             base_url=url, headers={"Authorization": f"Bearer {key}"}, trust_env=False, limits=limits,
-            timeout=httpx.Timeout(config.serve.silence_s, connect=10),
+            # How long an answer may take is the front's to say, which cancels it then.
+            timeout=httpx.Timeout(None, connect=10),
         )  # fmt: skip
 
     @property
