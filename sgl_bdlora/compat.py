@@ -120,6 +120,13 @@ NAMES: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.managers.io_struct.EmbeddingReqInput.__getitem__": ("self", "i"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state": ("self", "obj", "request"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request": ("self", "obj", "input_ids"),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object": (
+        "self",
+        "obj",
+        "input_text",
+        "input_ids",
+    ),
+    "sglang.srt.sampling.sampling_params.SamplingParams.verify": ("self", "vocab_size"),
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key": ("self", "request"),
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._handle_streaming_request": (
         "self",
@@ -173,6 +180,10 @@ NAMES: dict[str, tuple[str, ...] | None] = {
         "run_detokenizer_process_func",
     ),
     "sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce": ("self", "input_"),
+    "sglang.srt.constrained.xgrammar_backend._allocate_token_bitmask": ("vocab_size", "batch_size"),
+    "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask": ("self", "logits", "vocab_mask"),
+    "xgrammar.apply_token_bitmask_inplace": ("logits", "bitmask"),
+    "sglang.srt.managers.embed_types.PositionalEmbeds": None,
     "sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp": (
         "model_config",
         "load_config",

@@ -59,7 +59,8 @@ class AdapterLoader:
     def load(self, ref: LoRARef) -> str | None:
         """Load the adapter in the directory ref.lora_path. Returns what is wrong, on whichever rank; None when all have it."""
         prepared = self.preparations.take(ref.lora_name, ref.lora_path)
-        if prepared is None:
+        # What stood in the way of reading it ahead may be gone: an adapter of its name that was still loaded, or its files.
+        if prepared is None or prepared.adapter is None:
             return self._load(ref, lambda: self._read(ref.lora_name, ref.lora_path), self._cut)
         return self._load(ref, lambda: prepared.adapter, lambda _: prepared.shard.result())
 

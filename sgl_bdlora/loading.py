@@ -34,7 +34,7 @@ async def around_load_lora_adapter(original, manager, obj, request=None):
     SGLang loads an unloaded adapter again for a request that names it. When that client leaves its stream in the meantime, the ranks would
     have the adapter, and the registry not: nobody could unload it.
     """
-    if manager.server_args.lora_backend != config.BACKEND:
+    if manager.server_args.lora_backend != config.BACKEND or not manager.server_args.enable_lora:
         return await original(manager, obj, request)
     load = asyncio.ensure_future(_read_and_load(original, manager, obj, request))
     _loads.add(load)

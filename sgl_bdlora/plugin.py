@@ -142,8 +142,13 @@ def _register_malformed() -> None:
     openai = f"{entrypoints}.openai"
     for check in malformed.TARGETS:
         _hook(check, malformed.around_check, "AROUND")
-    tokenize = "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_texts"
-    _hook(tokenize, malformed.around_tokenize, "AROUND")
+    for kind in "GenerateReqInput", "EmbeddingReqInput":
+        normalize = f"sglang.srt.managers.io_struct.{kind}.normalize_batch_and_arguments"
+        _hook(normalize, malformed.after_normalize, "AFTER")
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    _hook(f"{manager}._validate_one_request", malformed.before_validate_one_request, "BEFORE")
+    _hook("sglang.srt.sampling.sampling_params.SamplingParams.verify", malformed.before_verify, "BEFORE")
+    _hook(f"{manager}._tokenize_texts", malformed.around_tokenize, "AROUND")
     streaming = f"{openai}.serving_base.OpenAIServingBase._handle_streaming_request"
     _hook(streaming, malformed.around_handle_streaming, "AROUND")
     detokenize = f"{openai}.serving_tokenize.OpenAIServingDetokenize._convert_to_internal_request"

@@ -20,6 +20,9 @@ def register_hooks(register: Callable[[str, Callable, str], None]) -> None:
     )
     register("sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce", around_all_reduce, "AROUND")
     register("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", around_align, "AROUND")
+    grammar = "sglang.srt.constrained.xgrammar_backend"
+    register(f"{grammar}._allocate_token_bitmask", around_pinning, "AROUND")
+    register(f"{grammar}.XGrammarGrammar.apply_vocab_mask", around_apply_vocab_mask, "AROUND")
     for method in PINNING_METHODS:
         register(f"sglang.srt.lora.lora_manager.LoRAManager.{method}", around_pinning, "AROUND")
 
@@ -46,6 +49,13 @@ def around_pinning(original, *args, **kwargs):
 
     with Unpinned():
         return original(*args, **kwargs)
+
+
+def around_apply_vocab_mask(original, grammar, logits, vocab_mask):
+    """SGLang has it for accelerators alone."""
+    from xgrammar import apply_token_bitmask_inplace
+
+    apply_token_bitmask_inplace(logits, vocab_mask)
 
 
 def around_align(original, model_config, load_config, tp_size):

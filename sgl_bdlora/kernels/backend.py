@@ -1,5 +1,6 @@
 """`--lora-backend bdlora`: the back end that SGLang's LoRA registry knows."""
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,14 @@ from sgl_bdlora.sharding import AdapterShard, HostLayer
 
 if TYPE_CHECKING:
     from sgl_bdlora.kernels.triton_ops import TritonOps
+
+
+logger = logging.getLogger(__name__)
+
+_SLOW = (
+    "sgl-bdlora: a batch of %d adapters is computed without the Triton kernels, slower and with memory beside the pool: it has adapters of "
+    "embed_tokens or lm_head, or more rank rows than the kernels take (docs/serving.md)"
+)
 
 
 class BDLoRABackend(BaseLoRABackend):
@@ -37,6 +46,7 @@ class BDLoRABackend(BaseLoRABackend):
         self._head: Batch | None = None
         self._head_done = 0
         self._set: AdapterSet | None = None
+        self._told = False
         # Prefill graphs read buffers of their own: they are captured apart from decode graphs, and are larger.
         self._ops: TritonOps | None = None
         self._prefill_ops: TritonOps | None = None
@@ -139,7 +149,12 @@ class BDLoRABackend(BaseLoRABackend):
                 many_rows=prefill_graph or captured != graphs.LORA,
             )
             self._current = ops
+            # Its dense factors may be larger than the pool.
+            self._set = None
             return
+        if ops is not None and not self._told:
+            self._told = True
+            logger.warning(_SLOW, len(distinct))
         self._batch = self._head = make_batch(adapters, lengths, self.device, self._set)
         self._head_done = 0
         if self._batch is not None:

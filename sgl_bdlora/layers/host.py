@@ -1,5 +1,6 @@
 """Read a served model's layers as HostLayers: spans come from the layers' own shard sizes, never from module names."""
 
+import re
 from collections.abc import Collection, Iterator
 
 import torch
@@ -24,6 +25,16 @@ FUSED = {
 }
 
 
+# What a multimodal model reads pictures and sound with.
+_TOWER = re.compile(r"(^|\.)(vision|visual|audio)")
+
+
+def _of_decoder(model: torch.nn.Module, path: str) -> bool:
+    """Whether a linear layer is the decoder's, whose rows are the batch's tokens. SGLang's multimodal models say so of their own layers."""
+    applies = getattr(model, "should_apply_lora", None)
+    return not _TOWER.search(path) and (applies is None or applies(path))
+
+
 def host_layers(
     model: torch.nn.Module, target_modules: Collection[str] | None
 ) -> Iterator[tuple[HostLayer, LinearBase]]:
@@ -32,7 +43,7 @@ def host_layers(
     target_modules: leaf names, an adapter's ("q_proj") or the served model's ("qkv_proj"); None for all.
     """
     for path, module in model.named_modules():
-        if not isinstance(module, LinearBase) or get_layer_id(path) is None:
+        if not isinstance(module, LinearBase) or get_layer_id(path) is None or not _of_decoder(model, path):
             continue
         leaf = path.rpartition(".")[2]
         names = FUSED.get(leaf, (leaf,))
@@ -54,6 +65,8 @@ def vocabulary_layers(
     embeddings, heads = {}, {}
     for path, module in model.named_modules():
         leaf = path.rpartition(".")[2]
+        if _TOWER.search(path):
+            continue
         if isinstance(module, ParallelLMHead):
             heads[path] = module
         elif isinstance(module, VocabParallelEmbedding) or (

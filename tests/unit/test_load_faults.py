@@ -171,7 +171,7 @@ def launcher(asked: list | None = None, answers: list[list[bool]] | None = None)
         return [SimpleNamespace(success=success) for success in next(answers, [True])]
 
     return SimpleNamespace(
-        server_args=SimpleNamespace(lora_backend="bdlora"),
+        server_args=SimpleNamespace(lora_backend="bdlora", enable_lora=True),
         auto_create_handle_loop=lambda: None,
         update_lora_adapter_communicator=ask,
     )
@@ -194,6 +194,20 @@ def test_the_ranks_prepare_before_they_load(monkeypatch):
     marks = [ask.lora_id.rstrip("0123456789") for ask in asks]
     assert marks == [preparing.BEGIN, preparing.POLL, preparing.POLL]
     assert len({ask.lora_id.rpartition("-")[2] for ask in asks}) == 1
+
+
+def test_without_lora_the_ranks_are_not_asked(monkeypatch):
+    """They have nobody who could prepare; SGLang says what is missing."""
+    asked: list = []
+    manager = launcher(asked)
+    manager.server_args.enable_lora = False
+
+    async def load(*_):
+        return "LoRA is not enabled"
+
+    request = SimpleNamespace(lora_name="x", lora_path="here", lora_id=None)
+    assert asyncio.run(loading.around_load_lora_adapter(load, manager, request)) == "LoRA is not enabled"
+    assert asked == []
 
 
 def test_no_more_loads_are_under_way_than_the_ranks_keep_prepared(monkeypatch):

@@ -113,6 +113,17 @@ def test_what_was_prepared_is_not_read_again(reads):
     assert reads == ["one"] * TP
 
 
+def test_what_hindered_the_preparation_may_be_gone_when_the_load_comes():
+    ranks = Ranks()
+    assert ranks.load("one") is None
+    for each in ranks.loaders:
+        # The adapter of this name is put out only now.
+        each.preparations.ask(f"{preparing.BEGIN}1", "one", "here")
+        each.unload("id of one")
+    assert ranks.load("one") is None
+    assert ranks.loaded() == ["one"]
+
+
 def test_tensors_in_memory_are_loaded_alike(reads):
     ranks, path = Ranks(), "base_model.model.model.layers.0.self_attn.q_proj"
     tensors = {f"{path}.lora_A.weight": torch.ones(RANK, HIDDEN), f"{path}.lora_B.weight": torch.ones(2 * HIDDEN, RANK)}
