@@ -9,6 +9,7 @@ whole texts) of the file, which has examples/train.py's format. Both adapters si
 """
 
 import argparse
+import math
 import random
 import sys
 from pathlib import Path
@@ -16,7 +17,19 @@ from pathlib import Path
 import torch
 from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
-from train import IGNORED, PRECISIONS, TrainError, check, collate, dtype_of, encode, load, read_examples
+from train import (
+    IGNORED,
+    PRECISIONS,
+    SEEDS,
+    TrainError,
+    check,
+    collate,
+    dtype_of,
+    encode,
+    load,
+    make_folder,
+    read_examples,
+)
 
 
 def distributions(model, batch: dict[str, torch.Tensor], adapter: str) -> torch.Tensor:
@@ -35,16 +48,43 @@ def divergence(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
-def heal(args: argparse.Namespace) -> tuple[float, float]:
-    """Train, save and check; returns the divergence on the same first batch before and after."""
+def check_options(args: argparse.Namespace) -> None:
+    """Raise TrainError for a number that nothing can be trained with."""
+    for name in ("steps", "batch", "lr", "max_length"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise TrainError(f"{name} = {getattr(args, name)!r}: has to be a number above 0")
+    if not 0 <= args.seed < SEEDS:
+        raise TrainError(f"seed = {args.seed!r}: has to be at least 0 and below {SEEDS}")
+
+
+def add_adapters(base: torch.nn.Module, args: argparse.Namespace):
+    """PEFT's model of both adapters, "teacher" and "student". Raises TrainError where one does not fit."""
     from peft import PeftModel
 
+    model = None
+    for name in ("teacher", "student"):
+        folder = str(getattr(args, name))
+        try:
+            if model is None:
+                model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+            else:
+                model.load_adapter(folder, adapter_name=name, is_trainable=True)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            words = f"cannot be loaded ({reason}); is it an adapter of model {args.model}?"
+            raise TrainError(f"{name} = {folder}: {words}") from error
+    return model
+
+
+def heal(args: argparse.Namespace) -> tuple[float, float]:
+    """Train, save and check; returns the divergence on the same first batch before and after."""
+    check_options(args)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, base = load(args.model, dtype_of(args.precision))
     rows = [encode(tokenizer, row, args.max_length) for row in read_examples(args.train_file)]
-    model = PeftModel.from_pretrained(base.to(device), str(args.teacher), adapter_name="teacher")
-    model.load_adapter(str(args.student), adapter_name="student", is_trainable=True)
+    model = add_adapters(base.to(device), args)
+    make_folder(args.out, "out")
     # A 16-bit weight would round most of the small updates away.
     weights = [p.requires_grad_() for name, p in model.named_parameters() if ".student." in name]
     for weight in weights:
@@ -80,7 +120,6 @@ def save(model, folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = get_peft_model_state_dict(model, adapter_name="student", save_embedding_layers=False)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

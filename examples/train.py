@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,6 +70,10 @@ class Settings:
         need(self.precision in ("auto", *PRECISIONS), "precision", f"has to be auto, {', '.join(PRECISIONS)}")
         for name in ("rank", "steps", "batch", "gradient_accumulation", "lr", "max_length", "save_every"):
             need(getattr(self, name) > 0, name, "has to be above 0")
+        for name in ("weight_decay", "eval_every"):
+            need(getattr(self, name) >= 0, name, "has to be at least 0")
+        need(self.alpha is None or self.alpha > 0, "alpha", "has to be above 0, or null for 4 x rank")
+        need(0 <= self.seed < SEEDS, "seed", f"has to be at least 0 and below {SEEDS}")
         need(0 <= self.warmup < 1, "warmup", "is a share of the steps, at least 0 and below 1")
         need(0 <= self.dropout < 1, "dropout", "has to be at least 0 and below 1")
         need(bool(self.target_modules), "target_modules", "names no module")
@@ -81,6 +86,7 @@ class Settings:
 
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SEEDS = 2**32  # NumPy's generator takes no larger one
 
 
 # Configuration
@@ -165,16 +171,25 @@ def read_examples(source: str, held_out: bool = False) -> list[dict]:
             row = json.loads(line)
         except ValueError as error:
             raise TrainError(f"{source}, line {number}: not JSON ({error})") from error
-        texts = isinstance(row, dict) and [row[name] for name in ("prompt", "answer", "text") if name in row]
-        pair = isinstance(row, dict) and ("text" in row or {"prompt", "answer"} <= row.keys())
-        if not (isinstance(row, dict) and row.get("messages")) and not (
-            pair and all(isinstance(t, str) for t in texts)
-        ):
-            raise TrainError(f"{source}, line {number}: needs texts named prompt and answer, or text, or messages")
+        if not isinstance(row, dict) or not _complete(row):
+            raise TrainError(
+                f"{source}, line {number}: needs texts named prompt and answer, or text, or messages: two or more of role and "
+                "content, the last one's a text"
+            )
         rows.append(row)
     if not rows:
         raise TrainError(f"{source} has no examples")
     return rows
+
+
+def _complete(row: dict) -> bool:
+    if messages := row.get("messages"):
+        whole = isinstance(messages, list) and all(
+            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+        )
+        return whole and len(messages) > 1 and isinstance(messages[-1]["content"], str)
+    texts = [row[name] for name in ("prompt", "answer", "text") if name in row]
+    return ("text" in row or {"prompt", "answer"} <= row.keys()) and all(isinstance(text, str) for text in texts)
 
 
 def encode(tokenizer, row: dict, max_length: int) -> dict[str, list[int]]:
@@ -275,11 +290,13 @@ def start_as_lora(model: torch.nn.Module) -> None:
 
 
 def check_layers(model: torch.nn.Module, chosen: Settings) -> None:
-    """Raise TrainError where a layer is missing or its blocks would not be whole."""
+    """Raise TrainError where a layer is missing, its blocks would not be whole, or no layer has a side as long as the rank."""
+    longest = 0
     for name in chosen.target_modules:
         layers = [m for path, m in model.named_modules() if path.rpartition(".")[2] == name]
         if not layers:
             raise TrainError(f"target_modules: the model has no layer {name}")
+        longest = max(longest, *(side for layer in layers for side in layer.weight.shape))
         if chosen.kind != "bd":
             continue
         side = "in_features" if name in ROW_PARALLEL else "out_features"
@@ -288,6 +305,19 @@ def check_layers(model: torch.nn.Module, chosen: Settings) -> None:
                 raise TrainError(
                     f"nblocks = {chosen.nblocks} does not divide {name}'s {side} = {size}; choose a divisor"
                 )
+    if chosen.rank > longest:
+        raise TrainError(f"rank = {chosen.rank}: has to be at most {longest}, the longest side of the model's layers")
+
+
+def make_folder(folder: Path, name: str) -> None:
+    """Make `folder`, the value of the field `name`. Raises TrainError where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise TrainError(
+            f"{name} = {folder}: cannot be written to ({error.strerror}); choose another folder"
+        ) from error
 
 
 # The run
@@ -296,9 +326,16 @@ def check_layers(model: torch.nn.Module, chosen: Settings) -> None:
 def train(chosen: Settings) -> Path:
     """Train, evaluate, save and check; returns the adapter's folder."""
     from peft import get_peft_model
-    from transformers import Trainer, TrainingArguments, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
+    class LogAtSaves(TrainerCallback):
+        """A checkpoint has the losses of all steps before it."""
+
+        def on_step_end(self, args, state, control, **_):
+            control.should_log |= control.should_save
+            return control
+
+    first = int(os.environ.get("RANK", 0)) == 0  # of torchrun: the one that writes
     set_seed(chosen.seed)
     dtype = dtype_of(chosen.precision)
     tokenizer, base = load(chosen.model, dtype)
@@ -307,12 +344,17 @@ def train(chosen: Settings) -> Path:
     held_out = None
     if chosen.eval_file:
         held_out = [encode(tokenizer, row, chosen.max_length) for row in read_examples(chosen.eval_file, held_out=True)]
-    model = get_peft_model(base, lora_config(chosen))
+    if first:
+        make_folder(chosen.output, "output")
+    try:
+        model = get_peft_model(base, lora_config(chosen))
+    except ValueError as error:
+        raise TrainError(f"target_modules = {chosen.target_modules}: {error}") from error
     if chosen.kind == "bd" and chosen.start == "lora":
         start_as_lora(model)
     if chosen.gradient_checkpointing:
         model.enable_input_require_grads()
-    if int(os.environ.get("RANK", 0)) == 0:  # of torchrun
+    if first:
         model.print_trainable_parameters()
 
     evaluates = bool(held_out and chosen.eval_every)
@@ -349,32 +391,73 @@ def train(chosen: Settings) -> Path:
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
         train_dataset=rows,
         eval_dataset=held_out,
+        callbacks=[LogAtSaves()],
     )
-    last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+    last = last_checkpoint(Path(arguments.output_dir))
     if last and not chosen.resume:
         raise TrainError(f"{chosen.output} has checkpoints of another run: remove them, or leave out --no-resume")
     fingerprint = _fingerprint(chosen) | {"processes": arguments.world_size}
     record = chosen.output / "training.json"
-    if last and record.exists() and (before := json.loads(record.read_text())["settings"]) != fingerprint:
-        changed = sorted(name for name in fingerprint if fingerprint[name] != before.get(name))
+    before = read_record(record) if last and record.exists() else {}
+    if before and before["settings"] != fingerprint:
+        changed = sorted(name for name in fingerprint if fingerprint[name] != before["settings"].get(name))
         raise TrainError(
             f"{chosen.output} holds a run with other settings ({', '.join(changed)}): choose another output, or remove it"
         )
-    first = trainer.is_world_process_zero()
+    state = TrainerState.load_from_json(str(last / STATE)) if last else None
+    finished = state is not None and state.global_step >= chosen.steps
+    if finished and first:
+        print(f"{chosen.output}: all {chosen.steps} steps are done, nothing is trained", file=sys.stderr)
+    scores = before.get("scores") if finished and (chosen.output / "adapter_model.safetensors").exists() else None
+    trainer.accelerator.wait_for_everyone()  # until all have read the record
+    if scores is None:
+        if first:
+            record.write_text(json.dumps({"settings": fingerprint}, indent=1) + "\n")
+        if finished:
+            model.load_adapter(str(last), "default", is_trainable=True)
+        else:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            state = trainer.state
+        scores = {"train_loss": mean_loss(state.log_history)}
+        if held_out:
+            loss = trainer.evaluate()["eval_loss"]
+            scores |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 50))}
+        if first:
+            model.save_pretrained(chosen.output)
+            record.write_text(json.dumps({"settings": fingerprint, "scores": scores}, indent=1) + "\n")
     if first:
-        chosen.output.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps({"settings": fingerprint}, indent=1) + "\n")
-    done = trainer.train(resume_from_checkpoint=last)
-    scores = {"train_loss": done.training_loss}
-    if held_out:
-        loss = trainer.evaluate()["eval_loss"]
-        scores |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 50))}
-    if first:
-        model.save_pretrained(chosen.output)
-        record.write_text(json.dumps({"settings": fingerprint, "scores": scores}, indent=1) + "\n")
         check(chosen.output)
         print(json.dumps(scores))
     return chosen.output
+
+
+STATE = "trainer_state.json"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole one: Trainer writes its state last."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE}") if path.parent.name[11:].isdecimal()]
+    return max(whole, key=lambda path: int(path.name[11:]), default=None)
+
+
+def mean_loss(history: list[dict]) -> float:
+    """Over all steps. Each entry of Trainer's log has the mean over the steps since the entry before."""
+    total, done = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - done)
+            done = entry["step"]
+    return total / max(done, 1)
+
+
+def read_record(path: Path) -> dict:
+    """Settings and scores, as an earlier run wrote them. Raises TrainError."""
+    try:
+        record = json.loads(path.read_text())
+        record["settings"].keys()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TrainError(f"{path} is not what a run of this script wrote: remove {path.parent}") from error
+    return record
 
 
 def _fingerprint(chosen: Settings) -> dict:

@@ -61,6 +61,26 @@ def options() -> Options:
     return Options(**json.loads(os.environ.get(ENV, "{}")))
 
 
+# ENV as an Engine of this process published it, and as it was before: what the user said.
+_published: str | None = None
+_before: str | None = None
+
+
+def publish_for_engine(**given) -> None:
+    """Publish an Engine's options: those given, and the user's for the others, whatever earlier Engines of this process were given."""
+    global _published
+    Options(**{**_of_user(), **given}).publish()
+    _published = os.environ[ENV]
+
+
+def _of_user() -> dict[str, object]:
+    """The options that the environment or a command line gave, none of an Engine's."""
+    global _before
+    if os.environ.get(ENV) != _published:
+        _before = os.environ.get(ENV)
+    return json.loads(_before or "{}")
+
+
 def names() -> set[str]:
     return {field.name for field in dataclasses.fields(Options)}
 
@@ -140,4 +160,4 @@ def capture(args: argparse.Namespace) -> None:
     """Publish the options that were given on the command line; others keep their value."""
     given = {name: getattr(args, name) for name in names() if getattr(args, name, None) is not None}
     if given:
-        dataclasses.replace(options(), **given).publish()
+        Options(**{**_of_user(), **given}).publish()

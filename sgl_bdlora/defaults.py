@@ -17,7 +17,15 @@ def arguments(argv: list[str]) -> list[str]:
 
 
 def given_fields(argv: list[str]) -> dict[str, str]:
-    """ServerArgs field -> the word after its flag in `argv`."""
+    """ServerArgs field -> the word after its flag in `argv`, or in the YAML file that `--config` names there, where the file counts less.
+
+    Raises ValueError or OSError for a file that SGLang could not read either.
+    """
+    if "--config" in argv:
+        from sglang.srt.server_args_config_parser import ConfigArgumentMerger
+
+        # Made without the parser it keeps a flag that the file sets to false, which has been given too.
+        argv = ConfigArgumentMerger().merge_config_with_args(argv)
     given = {}
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word.startswith("--"):

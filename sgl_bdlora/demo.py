@@ -173,7 +173,8 @@ def wait_until_ready(server: ServerProcess) -> None:
 
 async def send_batch(port: int, requests: list[Request]) -> list[Answer]:
     """All requests at once, streamed, so that the server runs them as one batch."""
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+    # Without trust_env a proxy of the environment cannot come between.
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300, trust_env=False) as client:
         return await asyncio.gather(*(send(client, request) for request in requests))
 
 

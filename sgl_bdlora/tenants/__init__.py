@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from sgl_bdlora import config
-from sgl_bdlora.tenants.limits import Limits
+from sgl_bdlora.tenants.limits import Limited, Limits
 
 MIN_KEY = 16
 MAX_NAME = 512
@@ -89,6 +89,9 @@ class Tenants:
 
 # Who the request at hand comes from: set by the middleware, and inherited by the tasks that serve the request.
 principal: ContextVar[Tenant | str | None] = ContextVar("bdlora_principal", default=None)
+
+# Limits that refused the request at hand after the middleware had let it in: a list of the middleware's, which reads it for Retry-After.
+limits_met: ContextVar[list[Limited]] = ContextVar("bdlora_limits_met")
 
 
 def current() -> Tenant | None:

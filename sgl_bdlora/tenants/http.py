@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from sgl_bdlora.tenants import ADMIN, Tenant, Tenants, principal
+from sgl_bdlora.tenants import ADMIN, Tenant, Tenants, limits_met, principal
 from sgl_bdlora.tenants.limits import Limited
 
 OPEN = {("GET", "/health"), ("GET", "/health_generate"), ("GET", "/ping"), ("GET", "/"), ("HEAD", "/")}
@@ -126,6 +126,7 @@ class _Bounded:
     def __init__(self, app, tenant: Tenant, path: str):
         self._app, self._tenant, self._path = app, tenant, path
         self._received, self._started, self._too_large = 0, False, False
+        self._limits_met: list[Limited] = []
 
     async def __call__(self, scope, receive, send) -> None:
         length = dict(scope["headers"]).get(b"content-length", b"0")
@@ -150,9 +151,11 @@ class _Bounded:
             if message["type"] == "http.response.start":
                 self._started = True
                 if message["status"] == 429 and b"retry-after" not in dict(message["headers"]):
-                    message = {**message, "headers": [*message["headers"], (b"retry-after", b"1")]}
+                    wait = max([1, *(limited.retry_after for limited in self._limits_met)])
+                    message = {**message, "headers": [*message["headers"], (b"retry-after", b"%d" % wait)]}
             await send(message)
 
+        limits_met.set(self._limits_met)
         try:
             await self._app(scope, bounded_receive, marked_send)
         except Exception:

@@ -17,7 +17,7 @@ from fastapi import HTTPException
 
 from sgl_bdlora import config
 from sgl_bdlora.adapters.root import confined
-from sgl_bdlora.tenants import Tenant, current
+from sgl_bdlora.tenants import Tenant, current, limits_met
 from sgl_bdlora.tenants.limits import Limited
 
 
@@ -77,6 +77,7 @@ async def _generate(original, tenant: Tenant, manager, obj, request):
                         seen[meta["id"]] = tokens
                     yield out
     except Limited as limited:
+        limits_met.get([]).append(limited)
         raise Refused(429, str(limited)) from limited
     except ValueError as error:
         # An adapter that was unloaded while it was looked up: SGLang's message lists all others (lora/lora_registry.py:acquire).
@@ -140,7 +141,7 @@ def _requests_in(obj) -> int:
     prompts = 1
     if isinstance(obj.text, list):
         prompts = len(obj.text)
-    elif isinstance(obj.input_ids, list) and obj.input_ids and isinstance(obj.input_ids[0], list):
+    elif isinstance(obj.input_ids, list) and obj.input_ids and not isinstance(obj.input_ids[0], int):
         prompts = len(obj.input_ids)
     given = obj.sampling_params if isinstance(obj.sampling_params, list) else [obj.sampling_params]
     samples = [p["n"] for p in given if isinstance(p, dict) and isinstance(p.get("n"), int)]

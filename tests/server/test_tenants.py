@@ -10,8 +10,8 @@ from servers import ADMIN_KEY, QWEN2, on
 
 pytestmark = on(QWEN2)
 
-ACME, GLOBEX, HURRIED, SPENT, ADAPTERS_ONLY, LOADER = (
-    f"{name}'s own secret key" for name in ("acme", "globex", "hurried", "spent", "adapters-only", "loader")
+ACME, GLOBEX, HURRIED, BATCHES, SPENT, ADAPTERS_ONLY, LOADER = (
+    f"{name}'s own secret key" for name in ("acme", "globex", "hurried", "batches", "spent", "adapters-only", "loader")
 )
 
 
@@ -242,9 +242,22 @@ def test_limits_answer_429_and_when_to_come_again(live):
 
 
 def test_a_batch_counts_as_its_requests(live, stocked):
-    response = live.server.post("/generate", {**body(live, None), "input_ids": [[5, 6]] * 3}, key=HURRIED)
+    def batch(count):
+        return live.server.post("/generate", {**body(live, None), "input_ids": [[5, 6]] * count}, key=BATCHES)
+
+    response = batch(500)
+    assert response.status_code == 400
+    assert "counts as 500 (prompts times n), more than requests_per_minute of this API key lets in: 8" in response.text
+    samples = {"model": "base", "prompt": "x", "n": 6, "max_tokens": 1}
+    response = live.server.post("/v1/completions", samples, key=BATCHES)
+    assert response.status_code == 400
+    assert "counts as 6 (prompts times n), more than max_concurrent of this API key lets in: 5" in response.text
+    # Six of eight are left, then one, and none: four come in 30 s.
+    response = batch(5)
+    assert (response.status_code, len(response.json())) == (200, 5)
+    response = batch(4)
     assert response.status_code == 429
-    assert "retry-after" in response.headers
+    assert 20 <= int(response.headers["retry-after"]) <= 30
 
 
 def test_a_body_has_a_largest_size(live):

@@ -30,11 +30,21 @@ def tenant(**fields) -> Tenant:
 # The middleware
 
 
-def request(one: Tenant, method="POST", path="/generate", key=KEY, body=(b"{}",), kind="http", status=200, **headers):
+def request(
+    one: Tenant,
+    method="POST",
+    path="/generate",
+    key=KEY,
+    body=(b"{}",),
+    kind="http",
+    status=200,
+    application=None,
+    **headers,
+):
     """Sends it through the middleware. Returns (status, headers, body, who it came from) with an application that answers `status`."""
     sent, seen, parts = [], [], list(body)
 
-    async def application(scope, receive, send):
+    async def answering(scope, receive, send):
         seen.append(principal.get())
         while (await receive()).get("more_body"):
             pass
@@ -53,7 +63,9 @@ def request(one: Tenant, method="POST", path="/generate", key=KEY, body=(b"{}",)
     if key is not None:
         head.append((b"authorization", b"Bearer " + key))
     scope = {"type": kind, "method": method, "path": path, "headers": head, "root_path": ""}
-    middleware = TenantMiddleware(application, Tenants([one], ADMIN_KEY.decode()), lambda who: {"data": who.name})
+    middleware = TenantMiddleware(
+        application or answering, Tenants([one], ADMIN_KEY.decode()), lambda who: {"data": who.name}
+    )
     asyncio.run(middleware(scope, receive, send))
     if kind == "websocket":
         return sent, seen
@@ -244,13 +256,14 @@ def test_keys_of_the_prefix_cache_never_meet():
         ({"text": None, "input_ids": [[1, 2], [3]], "sampling_params": {"n": 3}}, 6),
         ({"text": ["x", "y"], "sampling_params": [{"n": 1}, {"n": 4}]}, 8),
         ({"text": "x", "sampling_params": {"n": -5}}, 1),
+        ({"text": None, "input_ids": [(1, 2), (3,)]}, 2),
     ],
 )
 def test_a_batch_counts_as_its_requests(fields, count):
     assert tenants_requests._requests_in(GenerateReqInput(**fields)) == count
 
 
-def generate(one, outputs, error=None):
+def generate(one, outputs, error=None, **asked):
     """Runs a tenant's request whose engine gives these outputs."""
 
     async def engine(manager, obj, request):
@@ -269,7 +282,7 @@ def generate(one, outputs, error=None):
         return [
             out
             async for out in tenants_requests.around_generate_request(
-                engine, manager, GenerateReqInput(text="x", lora_path="acme-sql")
+                engine, manager, GenerateReqInput(**{"text": "x", "lora_path": "acme-sql", **asked})
             )
         ]
 
@@ -286,6 +299,42 @@ def test_tokens_are_taken_off_as_they_come():
     assert generate(one, outputs) == outputs
     assert one.limits._tokens._level == 1000 - 15 - 22 - 33
     assert one.limits.running == 0
+
+
+@pytest.mark.parametrize(
+    "asked", [{"text": ["x"] * 500, "lora_path": None}, {"sampling_params": {"n": 500}}], ids=["batch", "samples"]
+)
+@pytest.mark.parametrize("limit", ["requests_per_minute", "max_concurrent"])
+def test_more_than_a_limit_lets_in_is_a_bad_request(asked, limit):
+    """SGLang's routes answer a ValueError without a status with 400."""
+    one = tenant(limits=Limits(**{limit: 499}))
+    with pytest.raises(ValueError, match=f"counts as 500 .*{limit} of this API key lets in: 499") as caught:
+        generate(one, ["never"], **asked)
+    assert not hasattr(caught.value, "status_code")
+    assert generate(tenant(limits=Limits(**{limit: 500})), [], **asked) == []
+
+
+def test_a_batch_that_is_too_early_is_told_when_to_come_again():
+    one = tenant(limits=Limits(requests_per_minute=10, clock=lambda: 0.0))
+    one.limits.admit()
+
+    async def application(scope, receive, send):
+        """Answers as SGLang's routes do, which hand on a refusal's status and none of its headers."""
+
+        async def serve():
+            manager = SimpleNamespace(**vars(MANAGER), server_args=SimpleNamespace(lora_backend=config.BACKEND))
+            answers = tenants_requests.around_generate_request(None, manager, GenerateReqInput(text=["x"] * 10))
+            with pytest.raises(tenants_requests.Refused, match="10 requests per minute") as caught:
+                await anext(answers)
+            return caught.value.status_code
+
+        status = await asyncio.create_task(serve())
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    status, headers, _, _ = request(one, application=application)
+    # Two of ten are taken off: its own one and the one before.
+    assert (status, headers[b"retry-after"]) == (429, b"12")
 
 
 def test_a_list_of_all_adapters_in_an_error_is_not_passed_on():

@@ -7,7 +7,7 @@ import pytest
 
 from sgl_bdlora import config
 from sgl_bdlora.tenants import ADMIN, TenantsError, current, digest, principal, read
-from sgl_bdlora.tenants.limits import Limited, Limits
+from sgl_bdlora.tenants.limits import Limited, Limits, TooLarge
 
 KEY = "k" * 16
 ADMIN_KEY = "administrator"
@@ -171,3 +171,120 @@ def test_a_batch_runs_whole_or_not_at_all():
     with pytest.raises(ZeroDivisionError), limits.run(4):
         raise ZeroDivisionError
     assert limits.running == 0
+
+
+def let_in(limits: Limits, count: int) -> None:
+    limits.admit()
+    with limits.run(count):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"requests_per_minute": 60}, "counts as 61 .*requests_per_minute of this API key lets in: 60"),
+        ({"max_concurrent": 60}, "counts as 61 .*max_concurrent of this API key lets in: 60"),
+        ({"requests_per_minute": 100, "max_concurrent": 60, "tokens_per_minute": 1}, "max_concurrent"),
+    ],
+)
+def test_a_batch_above_a_limit_is_never_let_in(given, named):
+    clock = Clock()
+    limits = Limits(**given, clock=clock)
+    let_in(limits, 60)
+    for _ in range(2):
+        clock.now += 3600
+        with pytest.raises(TooLarge, match=named):
+            let_in(limits, 61)
+    # It is not told to come again while another one runs, either.
+    clock.now += 3600
+    limits.admit()
+    with limits.run(1), pytest.raises(TooLarge, match=named):
+        let_in(limits, 61)
+    assert limits.running == 0
+
+
+@pytest.mark.parametrize("per_minute", [7, 10, 60, 997])
+def test_a_batch_is_let_in_after_its_wait_and_not_before(per_minute):
+    for count in {2, 3, per_minute // 2, per_minute - 1, per_minute}:
+        for early in (0, 1.01):
+            clock = Clock()
+            limits = Limits(requests_per_minute=per_minute, clock=clock)
+            let_in(limits, per_minute - 1)
+            with pytest.raises(Limited, match=f"{per_minute} requests .* counts as {count}") as caught:
+                let_in(limits, count)
+            clock.now = max(0, caught.value.retry_after - early)
+            if not early:
+                let_in(limits, count)
+                continue
+            with pytest.raises(Limited):
+                let_in(limits, count)
+
+
+def test_asking_again_and_again_does_not_make_the_wait_longer():
+    """Nor does the rounding of what is added at each."""
+    for per_minute in (7, 60):
+        clock = Clock()
+        limits = Limits(requests_per_minute=per_minute, clock=clock)
+        let_in(limits, per_minute)
+        for part in range(1, 7):
+            clock.now = part * 60 / per_minute / 7
+            with pytest.raises(Limited):
+                limits.admit()
+        clock.now = 60 / per_minute
+        limits.admit()
+
+
+def test_a_refused_batch_costs_one_request():
+    clock = Clock()
+    limits = Limits(requests_per_minute=10, max_concurrent=8, clock=clock)
+    with pytest.raises(TooLarge):
+        let_in(limits, 9)
+    let_in(limits, 3)
+    with pytest.raises(Limited):
+        let_in(limits, 7)
+    for _ in range(5):
+        limits.admit()
+    with pytest.raises(Limited):
+        limits.admit()
+
+
+def test_batches_never_get_more_than_a_minutes_worth():
+    clock = Clock()
+    limits = Limits(requests_per_minute=20, clock=clock)
+    served = 0
+    for step in range(600):
+        clock.now = step / 10
+        try:
+            let_in(limits, step % 9 + 1)
+        except Limited:
+            continue
+        served += step % 9 + 1
+    assert 20 <= served <= 40
+
+
+@pytest.mark.parametrize(
+    ("per_minute", "tokens", "wait", "named"),
+    [(60, 100, 41, "tokens"), (2, 65, 30, "requests"), (1, 0, 60, "requests")],
+)
+def test_the_wait_is_that_of_the_limit_that_takes_longest(per_minute, tokens, wait, named):
+    clock = Clock()
+    limits = Limits(requests_per_minute=per_minute, tokens_per_minute=60, clock=clock)
+    let_in(limits, per_minute)
+    limits.spend_tokens(tokens)
+    with pytest.raises(Limited, match=named) as caught:
+        limits.admit()
+    assert caught.value.retry_after == wait
+    clock.now = wait
+    limits.admit()
+
+
+def test_the_wait_for_others_to_end_is_no_shorter_than_that_of_the_other_limits():
+    for tokens, wait in ((0, 1), (80, 21)):
+        limits = Limits(tokens_per_minute=60, max_concurrent=30, clock=Clock())
+        limits.admit()
+        with limits.run(1):
+            limits.admit()
+            limits.spend_tokens(tokens)
+            with pytest.raises(Limited, match="30 requests at a time") as caught, limits.run(30):
+                pass
+        assert caught.value.retry_after == wait
