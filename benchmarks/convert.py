@@ -14,8 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.failures import run_to_end
 from benchmarks.files import LLAMA_8B, write_adapter
 from benchmarks.record import RESULTS, Rows
+from sgl_bdlora.server_process import end_group
 
 
 def main(argv: list[str]) -> int:
@@ -25,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "convert-cpu.jsonl")
     args = parser.parse_args(argv)
     rows = Rows(args.output, benchmark="convert", model=LLAMA_8B.name, rank=args.rank, nblocks=args.nblocks)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="convert-") as folder:
         source = write_adapter(LLAMA_8B, Path(folder, "plain"), args.rank, None, seed=0)
         fitted = Path(folder, "fitted")
         commands = {
@@ -64,12 +66,24 @@ print(json.dumps([done.returncode, time.monotonic() - start, peak, done.stdout.d
 def _run(command: list[str]) -> tuple[float, int, dict]:
     """Seconds, peak resident bytes and the JSON that the command printed. Its progress bar stays visible."""
     words = [sys.executable, "-m", "sgl_bdlora.adapters", *command, "--json"]
-    watched = subprocess.run([sys.executable, "-c", _WATCH, *words], stdout=subprocess.PIPE, check=True)
-    code, seconds, peak, out = json.loads(watched.stdout)
+    code, seconds, peak, out = _watched(words)
     if code:
         raise SystemExit(f"{' '.join(command)} ended with code {code}")
     return seconds, peak, json.loads(out)
 
 
+def _watched(words: list[str]) -> tuple[int, float, int, str]:
+    """Exit code, seconds, peak resident bytes and output of a command, which ends with this process."""
+    process = subprocess.Popen([sys.executable, "-c", _WATCH, *words], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        found, _ = process.communicate()
+    except BaseException:
+        end_group(process)
+        raise
+    if process.returncode:
+        raise SystemExit(f"{' '.join(words)} could not be watched: code {process.returncode}")
+    return tuple(json.loads(found))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_to_end(lambda: main(sys.argv[1:])))

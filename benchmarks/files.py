@@ -1,8 +1,10 @@
 """Model and adapters of the benchmark: real shapes, random weights, no download."""
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +57,30 @@ def path_of(layer: int, module: str) -> str:
     return f"model.layers.{layer}.{block}.{module}"
 
 
+def folder_of(shape: Shape, root: Path) -> Path:
+    """Where a benchmark keeps this shape's files, so that one --files folder can serve several shapes."""
+    return root / f"{shape.name.replace(' ', '-')}-{shape.layers}"
+
+
+@contextmanager
+def at_once(file: Path) -> Iterator[Path]:
+    """A temporary name, which becomes `file` when the block is through: what is there is whole, also after a run that was cut off."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def keep_model(shape: Shape, folder: Path) -> Path:
+    """write_model, unless an earlier run left the model there."""
+    if not (folder / "pytorch_model.bin").exists():
+        print(f"Writing a random model ({shape.name}, {shape.layers} layers) ...", flush=True)
+        write_model(shape, folder)
+    return folder
+
+
 def write_model(shape: Shape, folder: Path) -> Path:
     """Configuration and weights in PyTorch's format, where all layers can share one layer's tensors: 3 GB for 8B parameters.
 
@@ -93,7 +119,8 @@ def write_model(shape: Shape, folder: Path) -> Path:
         weights.update({f"{path_of(i, module)}.weight": weight for module, weight in layer.items()})
         weights[f"model.layers.{i}.input_layernorm.weight"] = norm
         weights[f"model.layers.{i}.post_attention_layernorm.weight"] = norm
-    torch.save(weights, folder / "pytorch_model.bin")
+    with at_once(folder / "pytorch_model.bin") as file:
+        torch.save(weights, file)
     return folder
 
 
@@ -130,6 +157,15 @@ def matched_rank(shape: Shape, rank: int, nblocks: int, ratio: float = 1.0, modu
     return min(candidates, key=lambda r: abs(parameters(shape, r, nblocks, modules) - target))
 
 
+def keep_adapter(
+    shape: Shape, folder: Path, rank: int, nblocks: int | None, seed: int, modules: Sequence[str] = MODULES
+) -> Path:
+    """write_adapter, unless an earlier run left the adapter there."""
+    if not (folder / "adapter_model.safetensors").exists():
+        write_adapter(shape, folder, rank, nblocks, seed, modules)
+    return folder
+
+
 def write_adapter(
     shape: Shape, folder: Path, rank: int, nblocks: int | None, seed: int, modules: Sequence[str] = MODULES
 ) -> Path:
@@ -161,7 +197,8 @@ def write_adapter(
             prefix = f"base_model.model.{path_of(layer, module)}"
             weights[f"{prefix}.lora_A.weight"] = draw_a(rank, inputs // (nblocks or 1) if module in ROW else inputs)
             weights[f"{prefix}.lora_B.weight"] = draw_b(outputs, rank if module in ROW else rank // (nblocks or 1))
-    save_file(weights, folder / "adapter_model.safetensors")
+    with at_once(folder / "adapter_model.safetensors") as file:
+        save_file(weights, file)
     return folder
 
 
@@ -171,9 +208,7 @@ def write_adapters(
     """`count` adapters in root, those that are there already kept; done is called after each."""
 
     def write(i: int) -> Path:
-        folder = root / f"r{rank}-nb{nblocks or 0}-{i:02d}"
-        if not (folder / "adapter_model.safetensors").exists():
-            write_adapter(shape, folder, rank, nblocks, seed=i)
+        folder = keep_adapter(shape, root / f"r{rank}-nb{nblocks or 0}-{i:02d}", rank, nblocks, seed=i)
         done()
         return folder
 

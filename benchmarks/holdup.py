@@ -26,7 +26,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.failures import Failures, run_to_end
-from benchmarks.files import LLAMA_8B, TINY, Shape, write_adapter, write_model
+from benchmarks.files import LLAMA_8B, TINY, Shape, folder_of, keep_model, write_adapter
 from benchmarks.latency.arms import Setup, command
 from benchmarks.record import RESULTS, Rows, gpu_name
 from sgl_bdlora.server_process import ServerProcess, free_port
@@ -167,14 +167,12 @@ def main(argv: list[str] | None = None) -> int:
     failures = Failures(rows)
     kept = nullcontext(args.files) if args.files else tempfile.TemporaryDirectory(prefix="holdup-")
     with kept as name:
-        folder = Path(name)
-        if not (folder / "model" / "pytorch_model.bin").exists():
-            print(f"Writing a random model ({shape.name}) ...", flush=True)
-            write_model(shape, folder / "model")
+        folder = folder_of(shape, Path(name))
+        model = keep_model(shape, folder / "model")
         adapters = {rank: write_adapter(shape, folder / f"rank-{rank}", rank, None, rank) for rank in args.ranks}
         for server in args.servers:
             with failures.of(server=server):
-                _run(server, args, shape, folder / "model", adapters, rows)
+                _run(server, args, shape, model, adapters, rows)
     print(rows.path)
     return 1 if failures.seen else 0
 

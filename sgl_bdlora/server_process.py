@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import httpx
@@ -42,7 +42,7 @@ def end_group(process: subprocess.Popen) -> None:
 class ServerProcess:
     """``with ServerProcess(command, environment, url, log, patience)``: healthy inside the block, gone after it.
 
-    environment: added to this process's own. patience: seconds until it has to answer GET /health.
+    environment: added to this process's own. patience: seconds from its start until it has to answer GET /health.
     stdin: subprocess.PIPE for a server that ends when the process that started it does.
     """
 
@@ -56,8 +56,8 @@ class ServerProcess:
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> "ServerProcess":
-        self.start()
         try:
+            self.start()
             self.wait()
         except BaseException:
             self.stop()
@@ -68,6 +68,7 @@ class ServerProcess:
         self.stop()
 
     def start(self) -> None:
+        self._begin = time.monotonic()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -79,9 +80,12 @@ class ServerProcess:
             )
 
     def wait(self, show: Callable[[float, str], None] = lambda seconds, line: None) -> None:
-        """Until it answers; meanwhile `show` is given the seconds waited and the last line of the log. Raises StartFailed."""
-        begin = time.monotonic()
-        while (waited := time.monotonic() - begin) < self._patience:
+        """Until it answers; meanwhile `show` is given the seconds since its start and the last line of the log. Raises StartFailed.
+
+        Who comes when patience is over, having waited for another server, asks once.
+        """
+        while True:
+            waited = time.monotonic() - self._begin
             if self.ended() is not None:
                 raise StartFailed(
                     f"The server ended with code {self.ended()} while it started. The end of its log:\n{self.tail()}\n"
@@ -91,9 +95,11 @@ class ServerProcess:
             # A proxy of the environment must not come between.
             with contextlib.suppress(httpx.TransportError):
                 # What was asked before the server was warm may hang; a slow machine takes its time.
-                seconds = min(max(2, waited / 5), HEALTH_S, max(1, self._patience - waited))
+                seconds = min(max(2, waited / 5), HEALTH_S, max(5, self._patience - waited))
                 if httpx.get(f"{self.url}/health", timeout=seconds, trust_env=False).status_code == 200:
                     return
+            if time.monotonic() - self._begin >= self._patience:
+                break
             time.sleep(0.5)
         raise StartFailed(
             f"The server was not ready after {self._patience:.0f} s. The end of its log:\n{self.tail()}\n"
@@ -113,6 +119,9 @@ class ServerProcess:
         return self._process.wait(patience)
 
     def stop(self) -> None:
+        """Also of one that was not started, or is stopped."""
+        if self._process is None:
+            return
         if self._process.stdin is not None:
             self._process.stdin.close()
         end_group(self._process)
@@ -122,3 +131,13 @@ class ServerProcess:
 
     def _lines(self) -> list[str]:
         return self._log.read_text(errors="replace").rstrip().splitlines()
+
+
+@contextlib.contextmanager
+def started(servers: Iterable[ServerProcess]) -> Iterator[None]:
+    """All of them start at once; to be waited for in the block, and gone after it."""
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+            server.start()
+        yield

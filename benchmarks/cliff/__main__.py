@@ -26,10 +26,11 @@ from benchmarks.files import (
     TINY,
     Shape,
     bytes_per_rank,
+    folder_of,
+    keep_model,
     matched_rank,
     parameters,
     write_adapters,
-    write_model,
 )
 from benchmarks.record import RESULTS, Rows, gpu_name
 from sgl_bdlora.server_process import ServerProcess, free_port
@@ -103,7 +104,7 @@ class Cliff:
 
     def __init__(self, args: argparse.Namespace, shape: Shape, folder: Path):
         self.args, self.shape = args, shape
-        self.folder = folder / f"{shape.name.replace(' ', '-')}-{shape.layers}"
+        self.folder = folder_of(shape, folder)
         self.rates: list[float] | None = args.rates
         self.points: list[dict] = []
         self.failed = False
@@ -116,10 +117,7 @@ class Cliff:
 
     def run(self) -> int:
         args = self.args
-        model = self.folder / "model"
-        if not (model / "pytorch_model.bin").exists():
-            print(f"Writing a random model ({self.shape.name}, {self.shape.layers} layers) ...", flush=True)
-            write_model(self.shape, model)
+        model = keep_model(self.shape, self.folder / "model")
         dtype = str(self.shape.dtype).removeprefix("torch.")
         setup = Setup(
             model, args.tp, dtype, args.slots, args.rank, args.max_running, args.device,

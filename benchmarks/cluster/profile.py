@@ -26,7 +26,7 @@ import httpx
 from benchmarks.cluster.points import ADAPTERS, DECODE, PREFILL, Point
 from benchmarks.cluster.profiled import report, write_defaults
 from benchmarks.failures import Failures, run_to_end
-from benchmarks.files import LLAMA_8B, TINY, Shape, bytes_per_rank, write_adapter, write_model
+from benchmarks.files import LLAMA_8B, TINY, Shape, bytes_per_rank, folder_of, keep_adapter, keep_model
 from benchmarks.latency.arms import Setup, command
 from benchmarks.latency.mixes import adapters_of, mix
 from benchmarks.latency.timing import decode_s, random_ids, time_batches
@@ -93,7 +93,7 @@ class Profile:
 
     def __init__(self, args: argparse.Namespace, shape: Shape, folder: Path):
         self.args, self.shape = args, shape
-        self.folder = folder / f"{shape.name.replace(' ', '-')}-{shape.layers}"
+        self.folder = folder_of(shape, folder)
         self.rows = Rows(
             args.output, benchmark="profile", device=args.device, model=shape.name, layers=shape.layers, tp=args.tp,
             repeats=args.repeats, extra_arguments=args.extra_arguments,
@@ -101,12 +101,9 @@ class Profile:
         self.failures = Failures(self.rows)
 
     def run(self) -> int:
-        model = self.folder / "model"
-        if not (model / "pytorch_model.bin").exists():
-            print(f"Writing a random model ({self.shape.name}, {self.shape.layers} layers) ...", flush=True)
-            write_model(self.shape, model)
+        keep_model(self.shape, self.folder / "model")
         # Adapters of one rank are one directory under several names: servers keep a copy for each name.
-        folders = {rank: self._folder_of(rank) for rank in ADAPTERS}
+        folders = {rank: keep_adapter(self.shape, self.folder / f"r{rank}", rank, None, seed=rank) for rank in ADAPTERS}
         adapters = {
             a.name: folders[a.rank]
             for rank, count in ADAPTERS.items()
@@ -118,12 +115,6 @@ class Profile:
         report(read_rows(self.rows.path), self.rows.path)
         print(self.rows.path)
         return 1 if self.failures.seen else 0
-
-    def _folder_of(self, rank: int) -> Path:
-        folder = self.folder / f"r{rank}"
-        if not (folder / "adapter_model.safetensors").exists():
-            write_adapter(self.shape, folder, rank, None, seed=rank)
-        return folder
 
     def _run_arm(self, arm: str, adapters: dict[str, Path]) -> None:
         args = self.args

@@ -7,7 +7,8 @@
 
 Each point is a batch of equal requests sent at once, repeated; a decode step is the time of the whole batch less that of its first
 tokens, by the tokens between. The server without LoRA runs first and last; the difference is the machine's drift. With --resume it
-does so in every run, and ratios are to the rows of the same run; other points that the file has are not measured again. With
+does so in every run, and ratios are to the rows of the same run; other points that the file has of the same configuration (model, machine,
+server arguments, blocks, repeats) are not measured again. With
 --together all servers start at once and stay up while one after another is measured: much of a short run is waiting for starts.
 Rows are appended to benchmarks/results/ as soon as a point is measured; plots are drawn at the end.
 """
@@ -19,8 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +35,14 @@ from benchmarks.files import (
     TINY,
     Shape,
     bytes_per_rank,
+    folder_of,
+    keep_adapter,
+    keep_model,
     matched_rank,
     parameters,
-    write_adapter,
-    write_model,
 )
 from benchmarks.record import RESULTS, Rows, gpu_name, read_rows
-from sgl_bdlora.server_process import ServerProcess, free_port
+from sgl_bdlora.server_process import ServerProcess, StartFailed, free_port, started
 
 from . import plot
 from .arms import AGAIN, ARMS, BASE_ONLY, SERVERS, Setup, command
@@ -61,6 +62,10 @@ def lengths(text: str) -> tuple[int, int, int | None]:
             f"{text!r}: has to be PROMPT/OUTPUT tokens like 128/128, output at least 2, or with one batch like 2048/16@8"
         )
     return prompt, output, batch
+
+
+def default_nblocks(tp: int) -> int:
+    return max(2, tp)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -108,7 +113,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume and not args.output:
         parser.error("--resume needs --output, the file of the run to go on with")
-    args.nblocks = args.nblocks or max(2, args.tp)
+    args.nblocks = args.nblocks or default_nblocks(args.tp)
     args.output = args.output or RESULTS / time.strftime("latency-%Y%m%dT%H%M%SZ.jsonl", time.gmtime())
     if args.device == "cuda" and gpu_name() is None:
         parser.error("there is no NVIDIA GPU here; say --device cpu --tiny to try the benchmark without one")
@@ -125,6 +130,12 @@ def main(argv: list[str] | None = None) -> int:
     kept = nullcontext(args.files) if args.files else tempfile.TemporaryDirectory(prefix="latency-")
     with kept as folder:
         return Latency(args, shape, Path(folder)).run()
+
+
+def is_like(row: dict, wanted: dict) -> bool:
+    """Whether a row has the wanted fields. Some rows name no modules or nblocks, which then were the defaults."""
+    row = {"modules": "all", "nblocks": default_nblocks(row["tp"]), **row}
+    return all(row[key] == value for key, value in wanted.items())
 
 
 @dataclass(frozen=True)
@@ -144,32 +155,25 @@ class Latency:
 
     def __init__(self, args: argparse.Namespace, shape: Shape, folder: Path):
         self.args, self.shape = args, shape
-        self.folder = folder / f"{shape.name.replace(' ', '-')}-{shape.layers}"
+        self.folder = folder_of(shape, folder)
         self.modules = TARGETS[args.modules]
         self.points: list[dict] = []
         self.end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
         self.left = 0
-        self.rows = Rows(
-            args.output, benchmark="latency", device=args.device, model=shape.name, layers=shape.layers, tp=args.tp,
-            repeats=args.repeats, extra_arguments=args.extra_arguments, modules=args.modules,
-        )  # fmt: skip
+        self.configuration = {
+            "device": args.device, "model": shape.name, "layers": shape.layers, "tp": args.tp, "repeats": args.repeats,
+            "extra_arguments": args.extra_arguments, "modules": args.modules, "nblocks": args.nblocks,
+        }  # fmt: skip
+        self.rows = Rows(args.output, benchmark="latency", **self.configuration)
         self.failures = Failures(self.rows)
         if args.resume and args.output.exists():
-            self.points = [row for row in read_rows(args.output) if self._is_point_of_this(row)]
-            print(f"{len(self.points)} points are in {args.output}", flush=True)
-
-    def _is_point_of_this(self, row: dict) -> bool:
-        """Whether an earlier run measured the same model at the same size."""
-        args = self.args
-        wanted = ("point", self.shape.name, self.shape.layers, args.tp, args.modules)
-        return (row["kind"], row["model"], row["layers"], row["tp"], row.get("modules", "all")) == wanted
+            wanted = {"kind": "point", "gpu": gpu_name(), **self.configuration}
+            self.points = [row for row in read_rows(args.output) if is_like(row, wanted)]
+            print(f"{len(self.points)} points of this configuration are in {args.output}", flush=True)
 
     def run(self) -> int:
         args = self.args
-        model = self.folder / "model"
-        if not (model / "pytorch_model.bin").exists():
-            print(f"Writing a random model ({self.shape.name}, {self.shape.layers} layers) ...", flush=True)
-            write_model(self.shape, model)
+        keep_model(self.shape, self.folder / "model")
         self.paths = self._write_adapters()
         todo = {
             server: [point for arm in arms if arm in args.arms for point in self._todo(server, arm)]
@@ -181,8 +185,11 @@ class Latency:
         else:
             for server, points in todo.items():
                 if self._may_go_on(server):
-                    with self.failures.of(server=server), self._server(server) as running:
-                        self._measure_all(running.url, server, points)
+                    with self.failures.of(server=server):
+                        begin = time.monotonic()
+                        with self._process(server) as running:
+                            print(f"{server}: ready after {time.monotonic() - begin:.0f} s", flush=True)
+                            self._measure_all(running.url, server, points)
                 else:
                     self.left += len(points)
         self._summarize()
@@ -192,20 +199,28 @@ class Latency:
 
     def _run_together(self, todo: dict[str, list["Point"]]) -> None:
         """The server without LoRA is asked first and last."""
-        urls = {}
-
-        def start(server: str) -> None:
-            with self.failures.of(server=server):
-                urls[server] = running.enter_context(self._server(server)).url
-
-        with ExitStack() as running:
-            with ThreadPoolExecutor() as starts:
-                list(starts.map(start, [server for server in todo if server != AGAIN]))
+        servers = {server: self._process(server) for server in todo if server != AGAIN}
+        begin = time.monotonic()
+        with started(servers.values()):
+            urls = {}
+            for server, process in servers.items():
+                with self.failures.of(server=server):
+                    self._wait(process)
+                    urls[server] = process.url
+                    print(f"{server}: ready, {time.monotonic() - begin:.0f} s after the start of all", flush=True)
             for server, points in todo.items():
                 url = urls.get("no-lora" if server == AGAIN else server)
                 if url is not None:
                     with self.failures.of(server=server):
                         self._measure_all(url, server, points)
+
+    def _wait(self, process: ServerProcess) -> None:
+        """One that does not start leaves its memory to the others. Raises StartFailed."""
+        try:
+            process.wait()
+        except StartFailed:
+            process.stop()
+            raise
 
     def _may_go_on(self, server: str) -> bool:
         return server == AGAIN or time.monotonic() <= self.end
@@ -223,7 +238,7 @@ class Latency:
         if arm == "no-lora":
             return points
         have = {
-            (row["arm"], row["mix"], row["wanted_ratio"], row["batch"], row["input_len"], row["output_len"])
+            (row["arm"], row["mix"], row.get("wanted_ratio"), row["batch"], row["input_len"], row["output_len"])
             for row in self.points
         }
         return [p for p in points if (p.arm, p.mix.text, p.ratio, p.batch, p.prompt, p.output) not in have]
@@ -237,9 +252,8 @@ class Latency:
         paths = {}
         for name, adapter in tqdm(wanted.items(), desc="Writing adapters", unit="adapter", leave=False):
             nblocks = None if adapter.ratio is None else self.args.nblocks
-            paths[name] = self.folder / f"{name}-nb{nblocks or 0}-{self.args.modules}"
-            if not (paths[name] / "adapter_model.safetensors").exists():
-                write_adapter(self.shape, paths[name], self.ranks[name], nblocks, adapter.number, self.modules)
+            folder = self.folder / f"{name}-nb{nblocks or 0}-{self.args.modules}"
+            paths[name] = keep_adapter(self.shape, folder, self.ranks[name], nblocks, adapter.number, self.modules)
         return paths
 
     def _rank(self, plain_rank: int, ratio: float | None) -> int:
@@ -270,8 +284,7 @@ class Latency:
             tuple(args.extra_arguments.split()),
         )
 
-    @contextmanager
-    def _server(self, server: str):
+    def _process(self, server: str) -> ServerProcess:
         names = [] if server.startswith("no-lora") else list(self.paths)
         if server in ("stock", "s-lora"):
             names = [name for name in names if name.startswith("plain-")]
@@ -279,10 +292,7 @@ class Latency:
         port = free_port()
         words, environment = command(server, setup, {name: self.paths[name] for name in names}, port)
         log = self.rows.path.with_name(f"{self.rows.path.stem}-{server.replace(' ', '-')}.log")
-        begin = time.monotonic()
-        with ServerProcess(words, environment, f"http://127.0.0.1:{port}", log, self.args.start_timeout) as running:
-            print(f"{server}: ready after {time.monotonic() - begin:.0f} s", flush=True)
-            yield running
+        return ServerProcess(words, environment, f"http://127.0.0.1:{port}", log, self.args.start_timeout)
 
     def _measure_all(self, url: str, server: str, points: list["Point"]) -> None:
         for i, point in enumerate(points):

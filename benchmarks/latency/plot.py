@@ -37,7 +37,7 @@ def _place(row: dict) -> tuple:
 
 
 def table(rows: list[dict]) -> str:
-    """One line a point, with ratios to the mean of the servers without LoRA, and their drift."""
+    """One line a point, with ratios to the mean of the servers without LoRA, and the most that these drifted in each figure."""
     lines = []
     decode, ttft = baselines(rows, "decode_ms"), baselines(rows, "ttft_ms")
     for row in rows:
@@ -47,9 +47,14 @@ def table(rows: list[dict]) -> str:
             ratios = f"  decode {row['decode_ms'] / base:5.2f}x  first token {row['ttft_ms'] / first:5.2f}x"
         lengths = f"{row['input_len']}/{row['output_len']}"
         lines.append(f"{label(row):<32} batch {row['batch']:3d} {lengths:>10}{ratios}  {row['decode_ms']:8.3f} ms")
-    drifts = [max(values) / min(values) - 1 for values in decode.values() if len(values) > 1]
-    if drifts:
-        lines.append(f"drift of the server without LoRA, first to last: at most {100 * max(drifts):.1f} %")
+    for name, found in (("decode steps", decode), ("first tokens", ttft)):
+        drifts = {place: max(values) / min(values) - 1 for place, values in found.items() if len(values) > 1}
+        if drifts:
+            _, batch, prompt, output = place = max(drifts, key=drifts.get)
+            lines.append(
+                f"drift of the server without LoRA, first to last, {name}: at most {100 * drifts[place]:.1f} % "
+                f"(batch {batch}, {prompt}/{output})"
+            )
     return "\n".join(lines)
 
 

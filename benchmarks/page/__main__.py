@@ -15,8 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,12 +27,12 @@ from app.context import Context
 from app.measure import METRICS
 from app.plots import number, scaled
 from benchmarks.failures import run_to_end
-from benchmarks.files import LLAMA_8B, TINY, Shape, bytes_per_rank, matched_rank, write_adapter, write_model
+from benchmarks.files import LLAMA_8B, TINY, Shape, bytes_per_rank, folder_of, keep_adapter, keep_model, matched_rank
 from benchmarks.latency.__main__ import lengths
 from benchmarks.latency.arms import Setup, command
 from benchmarks.latency.mixes import adapters_of, mix
 from benchmarks.record import RESULTS, Rows, gpu_name
-from sgl_bdlora.server_process import ServerProcess, free_port
+from sgl_bdlora.server_process import ServerProcess, free_port, started
 
 from .agreement import NOISE, by_chance, judge
 from .tokenizer import write_tokenizer
@@ -107,10 +106,8 @@ def main(argv: list[str] | None = None) -> int:
 @contextmanager
 def running(args: argparse.Namespace, shape: Shape, folder: Path, output: Path) -> Iterator[Context]:
     """The servers, started at once, as the page sees them. Raises StartFailed."""
-    model = folder / f"{shape.name.replace(' ', '-')}-{shape.layers}"
-    if not (model / "pytorch_model.bin").exists():
-        print(f"Writing a random model ({shape.name}, {shape.layers} layers) ...", flush=True)
-        write_model(shape, model)
+    folder = folder_of(shape, folder)
+    model = keep_model(shape, folder / "model")
     write_tokenizer(model, shape.vocab)
     sides = {PLAIN: write_adapters(args, shape, folder, None), BLOCK: write_adapters(args, shape, folder, 1.0)}
     if args.servers == 1:
@@ -119,8 +116,9 @@ def running(args: argparse.Namespace, shape: Shape, folder: Path, output: Path) 
         wanted = [("ours", sides[BLOCK]), ("s-lora", sides[PLAIN])]
     servers = [process(args, shape, model, i, *one, output) for i, one in enumerate(wanted)]
     begin = time.monotonic()
-    with ExitStack() as stack, ThreadPoolExecutor(len(servers)) as pool:
-        list(pool.map(stack.enter_context, servers))
+    with started(servers):
+        for server in servers:
+            server.wait()
         print(f"ready after {time.monotonic() - begin:.0f} s", flush=True)
         block, *plain = (Server(server.url) for server in servers)
         yield Context(block, plain[0] if plain else None, folder)
@@ -135,10 +133,8 @@ def write_adapters(
     for adapter in adapters_of(args.mix, ratio):
         name = f"r{adapter.rank}-{adapter.number}-{'bd' if nblocks else 'lora'}"
         rank = matched_rank(shape, adapter.rank, nblocks, ratio) if nblocks else adapter.rank
-        path = folder / f"{name}-nb{nblocks or 0}-{shape.layers}"
-        if not (path / "adapter_model.safetensors").exists():
-            write_adapter(shape, path, rank, nblocks, adapter.number)
-        made[name] = rank, path
+        path = folder / f"{name}-nb{nblocks or 0}"
+        made[name] = rank, keep_adapter(shape, path, rank, nblocks, adapter.number)
     return made
 
 

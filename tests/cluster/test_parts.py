@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from instances import POINTS, problem
+from instances import POINTS, loads, problem
 
 from sgl_bdlora.cluster.__main__ import main
 from sgl_bdlora.cluster.base import Adapter, PlacementError, Problem, Replica, View
@@ -15,6 +15,7 @@ from sgl_bdlora.cluster.costs import Costs, Load, fit, load_costs, operating_poi
 from sgl_bdlora.cluster.demand import Demand
 from sgl_bdlora.cluster.placement import required_replicas
 from sgl_bdlora.cluster.policies import make_policy
+from sgl_bdlora.cluster.routing import RoutingTable, moves
 from sgl_bdlora.cluster.trace import make_adapters, make_trace, mean_lengths, zipf
 
 
@@ -203,6 +204,51 @@ def test_spilling_leaves_a_long_queue_for_a_much_shorter_one():
     assert policy.pick(a, 100, table, view([40, 19, 3], {"a0": {0, 1}}), 0.5) == "r1"
     assert policy.pick(a, 100, table, view([40, 30, 3], {"a0": {0, 1}}), 0.5) == "r2"
     assert policy.pick(a, 100, table, view([0, 30, 3], None, [False, True, True]), 0.5) == "r2"
+
+
+def test_a_table_is_healed():
+    """What is admitted stays, parts go to the other holders in proportion, and each orphan to whoever has the fewest then."""
+    shares = {
+        "split": (("r0", 0.5), ("r1", 0.3), ("r2", 0.2)),
+        "other": (("r1", 1.0),),
+        "y": (("r0", 1.0),),
+        "x": (("r0", 1.0),),
+    }
+    table = RoutingTable(7, ("r0", "r1", "r2", "r3"), shares, admitted=0.5)
+    healed = table.without(["r0"])
+    assert (healed.version, healed.replicas, healed.admitted) == (8, ("r1", "r2", "r3"), 0.5)
+    assert [name for name, _ in healed.shares["split"]] == ["r1", "r2"]
+    assert [part for _, part in healed.shares["split"]] == pytest.approx([0.6, 0.4])
+    # r1 has two, r2 one, r3 none: x goes to r3, y to the first of two that have one.
+    assert (healed.shares["x"], healed.shares["y"]) == ((("r3", 1.0),), (("r2", 1.0),))
+    assert healed.sheds(0.5)
+    assert not healed.sheds(0.49)
+
+
+def test_other_holders_are_tried_by_their_parts():
+    table = RoutingTable(1, ("r0", "r1", "r2", "r3"), {"a": (("r0", 0.5), ("r1", 0.1), ("r2", 0.4))})
+    assert table.ranked("a", 0.2) == [["r0"], ["r2", "r1"], ["r3"]]
+    assert table.ranked("a", 0.55) == [["r1"], ["r0", "r2"], ["r3"]]
+
+
+def test_new_pairs_are_moves_but_not_those_of_new_adapters():
+    before = RoutingTable(1, ("r0", "r1"), {"a": (("r0", 1.0),)})
+    after = RoutingTable(2, ("r0", "r1"), {"a": (("r0", 0.5), ("r1", 0.5)), "new": (("r1", 1.0),)})
+    assert moves(before, after) == {("a", "r1")}
+    assert moves(None, after) == set()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_balanced_spreads_load_and_bytes(seed):
+    """Their sum within a few percent; what one of them is off by, the other makes up for."""
+    p = problem(seed, 60, 4, cold=0.5)
+    table = make_policy("balanced", load_costs("bdlora"), 30.0, 200.0, 64).plan(p, None)
+    load = loads(p, table)
+    size = np.array([sum(a.size for a in p.adapters if r.name in table.holders(a.name)) for r in p.replicas])
+    load, size = load / load.mean(), size / size.mean()
+    assert (load + size).max() / 2 < 1.05
+    assert size.max() < 1.4
+    assert load.max() < 1.4
 
 
 def test_an_adapter_that_no_replica_can_hold_is_named():

@@ -11,12 +11,13 @@ from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
 
 TP, K, N = 2, 256, (64, 32)
-RANKS = {"a": 6, "b": 20, "c": 3, "local": 5}
+RANKS = {"a": 6, "b": 20, "c": 3, "local": 5, "wide": 40}
 OWNERS = {
     "few rows": ["a", None, "b", "local", "a", "c", "b", "local"],
     "many rows": ["a"] * 40 + [None] * 3 + ["local"] * 30 + ["c", "b"],
     "many rows, none local": ["b"] * 50 + [None] * 3 + ["a"] * 30,
 }
+SERVED = ("a", "b", "c", "local")
 COLUMN, ROW = "layers.0.gate_up_proj", "layers.0.down_proj"
 PADDED = {name: -(-rank // TP) * TP for name, rank in RANKS.items()}
 
@@ -64,26 +65,29 @@ def shard(name: str, rank: int) -> AdapterShard:
 
 
 class Ranks:
-    """The all-reduce of ranks that run one after another, each twice: what they give is recorded, then added up."""
+    """The all-reduce of ranks that run one after another: each adds up what all gave last, so it is right in the second step."""
 
-    def __init__(self):
+    def __init__(self, in_place: bool = False):
         self.given: dict[int, torch.Tensor] = {}
         self.rank = 0
+        self._in_place = in_place
 
     def all_reduce(self, h: torch.Tensor) -> torch.Tensor:
         self.given[self.rank] = h.clone()
-        return sum(self.given.values())
+        total = sum(self.given.values())
+        return h.copy_(total) if self._in_place else total
 
 
 class Way(NamedTuple):
     """How the layer is asked for. graph: launch as a graph has to, with buffers of all layers or one that they share.
 
-    whole: the layer with its updates; else only these, added to zeros.
+    whole: the layer with its updates; else only these, added to what is there. in_place: what the all-reduce gives lies where h lay.
     """
 
     graph: bool = False
     shared: bool = False
     whole: bool = True
+    in_place: bool = False
 
 
 WAYS = {
@@ -91,7 +95,7 @@ WAYS = {
     "graph": Way(graph=True),
     "prefill graph": Way(graph=True, shared=True),
     "added": Way(whole=False),
-    "added in a graph": Way(graph=True, whole=False),
+    "added in a graph": Way(graph=True, whole=False, in_place=True),
 }
 
 
@@ -102,45 +106,64 @@ CASES = [
 ]
 
 
-def run(
-    device, path: str, owners: list, xs: list[torch.Tensor], ws: list[torch.Tensor], way: Way
-) -> list[torch.Tensor]:
-    """xs, ws: inputs and weights of every rank."""
-    ranks, engines = Ranks(), []
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    for rank in range(TP):
-        pool = MemoryPool(1 << 20, dtype, device, 4)
-        shards = {name: shard(name, rank) for name in RANKS}
-        pool.ensure(
-            {n: AdapterShard(n, "plain", 1, 1, s.layers, s.offsets, s.weights.to(dtype)) for n, s in shards.items()}
-        )
-        adapters = [pool.get(name) for name in RANKS if name in owners]
-        ops = TritonOps(pool.arena, hosts(rank), 4, ranks)
-        for adapter in adapters:
-            ops.rows(adapter.shard)
-        ops = ops.reserve(128, combines=True, shared=way.shared)
-        assert ops.takes(adapters)
-        assert ops.captures(adapters)
+class Engine(NamedTuple):
+    """One rank's kernels and the pool that they read."""
+
+    ops: TritonOps
+    pool: MemoryPool
+
+    def ask(self, owners: list, graph: bool) -> None:
+        """Set the batch: each row's adapter, None for the base model."""
+        adapters = [self.pool.get(name) for name in RANKS if name in owners]
+        assert self.ops.takes(adapters)
+        assert self.ops.captures(adapters)
         place = {adapter.shard.name: i for i, adapter in enumerate(adapters)}
-        ops.set_batch(adapters, np.array([place.get(o, -1) for o in owners], dtype=np.int32), way.graph)
-        assert ops.combines
-        assert ops.replayable
-        engines.append((ops, pool))
-    # What another layer leaves behind must not be seen.
-    other = ROW if path == COLUMN else COLUMN
-    for ranks.rank, (ops, pool) in enumerate(engines):
-        plan = ops.plans[other]
-        ops.add_lora(
-            pool.arena.new_zeros(len(owners), plan.outputs), pool.arena.new_ones(len(owners), plan.inputs), other
-        )
-    for _ in range(2):
+        self.ops.set_batch(adapters, np.array([place.get(o, -1) for o in owners], dtype=np.int32), graph)
+        assert self.ops.combines
+        assert self.ops.replayable
+
+
+def engine(device, rank: int, ranks: Ranks, way: Way, max_rank: int = 0) -> Engine:
+    """With room in its graphs for the adapters that are served, and for others of max_rank."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    pool = MemoryPool(1 << 20, dtype, device, 8)
+    shards = {name: shard(name, rank) for name in RANKS}
+    pool.ensure(
+        {n: AdapterShard(n, "plain", 1, 1, s.layers, s.offsets, s.weights.to(dtype)) for n, s in shards.items()}
+    )
+    ops = TritonOps(pool.arena, hosts(rank), 4, ranks)
+    for name in SERVED:
+        ops.rows(pool.get(name).shard)
+    return Engine(ops.reserve(128, True, max_rank, way.shared), pool)
+
+
+def run(
+    device, path: str, batches: list[list], xs: list[torch.Tensor], ws: list[torch.Tensor], biases: list, way: Way
+) -> list[torch.Tensor]:
+    """What every rank gives in the last step. batches: every step's, the last two the same (see Ranks), all of as many rows.
+
+    xs, ws, biases: every rank's, no bias where it is None.
+    """
+    ranks = Ranks(way.in_place)
+    engines = [engine(device, rank, ranks, way) for rank in range(TP)]
+    rows = len(batches[0])
+    for step, owners in enumerate(batches):
         ys = []
-        for ranks.rank, (ops, _) in enumerate(engines):
-            x, w = (tensors[ranks.rank].to(device, dtype) for tensors in (xs, ws))
+        for one in engines:
+            one.ask(owners, way.graph)
+        if step == 0:
+            # What another layer leaves behind must not be seen.
+            other = ROW if path == COLUMN else COLUMN
+            for ranks.rank, (ops, pool) in enumerate(engines):
+                plan = ops.plans[other]
+                ops.add_lora(pool.arena.new_zeros(rows, plan.outputs), pool.arena.new_ones(rows, plan.inputs), other)
+        for ranks.rank, (ops, pool) in enumerate(engines):
+            given = (xs[ranks.rank], ws[ranks.rank], biases[ranks.rank])
+            x, w, bias = (None if tensor is None else tensor.to(pool.arena) for tensor in given)
             if way.whole and ops.fuses(path, x, w):
-                y = ops.linear(x, w, None, path)
+                y = ops.linear(x, w, bias, path)
             else:
-                y = x @ w.T
+                y = torch.nn.functional.linear(x, w, bias)
                 ops.add_lora(y, x, path)
             ys.append(y.float().cpu())
     return ys
@@ -166,21 +189,49 @@ def rand(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
-@pytest.mark.parametrize(("rows", "way"), CASES)
-def test_column_layers(device, rows, way):
-    owners, way = OWNERS[rows], WAYS[way]
+def check_column_layer(device, batches: list[list], way: Way) -> None:
+    owners = batches[-1]
     x = rand(1, len(owners), K) * 10
     w = [rand(3 + i, n * TP, K) * way.whole for i, n in enumerate(N)]
-    ws = [torch.cat([part.chunk(TP)[rank] for part in w]) for rank in range(TP)]
-    ys = run(device, COLUMN, owners, [x] * TP, ws, way)
+    bias = [rand(8 + i, n * TP) * 10 for i, n in enumerate(N)]
+    ws, biases = ([torch.cat([part.chunk(TP)[rank] for part in parts]) for rank in range(TP)] for parts in (w, bias))
+    ys = run(device, COLUMN, batches, [x] * TP, ws, biases, way)
     for i, n in enumerate(N):
         part = torch.cat([y[:, sum(N[:i]) : sum(N[:i]) + n] for y in ys], dim=1)
-        assert close(device, part, expected(owners, x, w[i], i, 0.5 + i), way)
+        assert close(device, part, expected(owners, x, w[i], i, 0.5 + i) + bias[i], way)
+
+
+@pytest.mark.parametrize(("rows", "way"), CASES)
+def test_column_layers(device, rows, way):
+    check_column_layer(device, [OWNERS[rows]] * 2, WAYS[way])
+
+
+def test_columns_of_the_batch_before_are_cleared(device):
+    """Where a rank wrote its half of 20 columns, the other has to write half of 6."""
+    check_column_layer(device, [["b"], ["a"], ["a"]], Way(graph=True, whole=False))
 
 
 @pytest.mark.parametrize(("rows", "way"), CASES)
 def test_row_layers(device, rows, way):
     owners, way = OWNERS[rows], WAYS[way]
     x, w = rand(2, len(owners), K * TP) * 10, rand(6, N[0], K * TP) * way.whole
-    ys = run(device, ROW, owners, x.chunk(TP, dim=1), w.chunk(TP, dim=1), way)
+    ys = run(device, ROW, [owners] * 2, x.chunk(TP, dim=1), w.chunk(TP, dim=1), [None] * TP, way)
     assert close(device, sum(ys), expected(owners, x, w, 7, 2.0), way)
+
+
+def test_graphs_have_room_for_so_many_columns(device):
+    """Two slices of rank 40 are more than the least that is kept, unless such a rank is said to come."""
+    ops, pool = engine(device, 0, Ranks(), Way())
+    fits, wide = [pool.get("b")], [pool.get("wide")]
+    assert ops.takes(wide)
+    assert ops.captures(fits)
+    assert not ops.captures(wide)
+    ops.set_batch(fits, np.zeros(2, dtype=np.int32))
+    assert ops.replayable
+    ops.set_batch(wide, np.zeros(2, dtype=np.int32))
+    assert not ops.replayable
+    ops, pool = engine(device, 0, Ranks(), Way(), max_rank=RANKS["wide"])
+    wide = [pool.get("wide")]
+    assert ops.captures(wide)
+    ops.set_batch(wide, np.zeros(2, dtype=np.int32))
+    assert ops.replayable

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,16 +23,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import files, holdup
+from benchmarks import convert, files, holdup
 from benchmarks.cliff import arms, load
 from benchmarks.failures import Failures
-from benchmarks.record import Rows, read_rows
+from benchmarks.record import RESULTS, Rows, read_rows
 from benchmarks.soak import catalogue, killer, memory, references
 from benchmarks.soak.clients import Tally
 from benchmarks.soak.names import Names
 from benchmarks.workload import arrivals, percentile, zipf_weights
 from sgl_bdlora.adapters import read_adapter
-from sgl_bdlora.server_process import StartFailed
+from sgl_bdlora.server_process import ServerProcess, StartFailed, free_port, started
 
 
 def test_zipf_weights_fall_by_rank_not_geometrically():
@@ -87,39 +88,129 @@ def test_a_server_that_fails_is_a_row_and_a_message_and_the_next_has_its_turn(tm
         raise KeyError("a fault of the benchmark")
 
 
-def test_a_benchmark_that_is_told_to_end_stops_its_server_and_removes_its_files(tmp_path):
+def gone(pid: int) -> bool:
+    """Soon. An ended process whose parent has not asked for its code is gone too."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_benchmark_that_is_told_to_end_while_its_servers_start_stops_them_and_removes_its_files(tmp_path):
     program = """if True:
-        import pathlib, sys, tempfile, time
+        import pathlib, sys, tempfile
         from benchmarks.failures import run_to_end
-        from sgl_bdlora.server_process import ServerProcess
+        from sgl_bdlora.server_process import ServerProcess, free_port, started
 
         def main():
             with tempfile.TemporaryDirectory(dir=sys.argv[1]) as name:
-                server = ServerProcess([sys.executable, "-c", "import time; time.sleep(60)"], {}, "", pathlib.Path(name) / "log", 60)
-                server.start()
-                try:
-                    print(server.pid, flush=True)
-                    time.sleep(60)
-                finally:
-                    server.stop()
+                command, url = [sys.executable, "-c", "import time; time.sleep(60)"], f"http://127.0.0.1:{free_port()}"
+                servers = [ServerProcess(command, {}, url, pathlib.Path(name) / f"log{i}", 60) for i in range(2)]
+                with started(servers):
+                    print(*(server.pid for server in servers), flush=True)
+                    for server in servers:
+                        server.wait()
 
         sys.exit(run_to_end(main))
     """
     words = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True) as benchmark:
-        server = int(benchmark.stdout.readline())
+        servers = [int(pid) for pid in benchmark.stdout.readline().split()]
         benchmark.terminate()
         assert benchmark.wait(20) == 130
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ProcessLookupError):
-        os.kill(server, 0)
+    assert len(servers) == 2
+    for server in servers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(server, 0)
+
+
+def test_of_servers_that_start_together_all_are_stopped_when_one_cannot(tmp_path):
+    running = ServerProcess([sys.executable, "-c", "import time; time.sleep(60)"], {}, "", tmp_path / "log", 60)
+    missing = ServerProcess([str(tmp_path / "missing")], {}, "", tmp_path / "missing.log", 60)
+    never = ServerProcess([sys.executable], {}, "", tmp_path / "never.log", 60)
+    with pytest.raises(FileNotFoundError), started([running, missing, never]):
+        pytest.fail("not all have started")
+    assert running.ended() is not None
+    assert not (tmp_path / "never.log").exists()
+
+
+HEALTHY = """
+import http.server, sys
+http.server.SimpleHTTPRequestHandler.do_GET = lambda self: (self.send_response(200), self.end_headers())
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
+"""
+
+
+def test_patience_with_a_server_counts_from_its_start_and_it_is_asked_at_least_once(tmp_path, monkeypatch):
+    port = free_port()
+    ready = ServerProcess([sys.executable, "-c", HEALTHY, str(port)], {}, f"http://127.0.0.1:{port}", tmp_path / "a", 0)
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    stuck = ServerProcess(sleeper, {}, f"http://127.0.0.1:{free_port()}", tmp_path / "b", 0.5)
+    with started([ready, stuck]):
+        time.sleep(0.5)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                httpx.get(ready.url, trust_env=False)
+                break
+        ready.wait()
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "sleep", lambda _: pytest.fail("its patience is over"))
+            with pytest.raises(StartFailed, match="was not ready"):
+                stuck.wait()
+
+
+def test_servers_together_start_at_once_and_those_that_do_not_start_leave_the_others_their_turn(tmp_path, monkeypatch):
+    from benchmarks.latency import __main__ as latency
+
+    def command(server, setup, adapters, port):
+        return [sys.executable, "-c", "exit('stock is ill')" if server == "stock" else HEALTHY, str(port)], {}
+
+    calls, measured = [], {}
+    start, wait = ServerProcess.start, ServerProcess.wait
+    monkeypatch.setattr(latency, "command", command)
+    monkeypatch.setattr(
+        ServerProcess, "start", lambda self: calls.append(("start", threading.get_ident())) or start(self)
+    )
+    monkeypatch.setattr(ServerProcess, "wait", lambda self: calls.append(("wait", threading.get_ident())) or wait(self))
+    words = ["--device", "cpu", "--tiny", "--together", "--output", str(tmp_path / "rows.jsonl")]
+    run = latency.Latency(latency.arguments(words), files.TINY, tmp_path)
+    run.paths, run.ranks = {}, {}
+    monkeypatch.setattr(
+        run, "_measure_all", lambda url, server, _: measured.update({server: httpx.get(url, trust_env=False)})
+    )
+    run._run_together({server: [] for server in ("no-lora", "stock", "ours", latency.AGAIN)})
+    assert list(measured) == ["no-lora", "ours", "no-lora again"]
+    # A signal reaches the main thread only; another would go on waiting.
+    assert calls == [(what, threading.get_ident()) for what in ("start", "wait") for _ in range(3)]
+    (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert (row["kind"], row["server"]) == ("error", "stock")
+    assert "stock is ill" in row["message"]
+    for answer in measured.values():
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(answer.url, trust_env=False)
 
 
 def test_a_benchmark_whose_servers_do_not_start_tells_of_each_and_fails(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(holdup, "write_model", lambda shape, folder: folder)
-    monkeypatch.setattr(holdup, "write_adapter", lambda shape, folder, *_: folder.mkdir() or folder)
-    monkeypatch.setattr(holdup, "command", lambda server, *_: ([sys.executable, "-c", f"exit('{server} is ill')"], {}))
-    assert holdup.main(["--device", "cpu", "--tiny", "--output", str(tmp_path / "rows.jsonl")]) == 1
+    used = []
+
+    def command(server, setup, *_):
+        used.append(setup.model)
+        return [sys.executable, "-c", f"exit('{server} is ill')"], {}
+
+    monkeypatch.setattr(holdup, "keep_model", lambda shape, folder: folder)
+    monkeypatch.setattr(holdup, "write_adapter", lambda shape, folder, *_: folder.mkdir(parents=True) or folder)
+    monkeypatch.setattr(holdup, "command", command)
+    words = ["--device", "cpu", "--tiny", "--output", str(tmp_path / "rows.jsonl"), "--files", str(tmp_path)]
+    assert holdup.main(words) == 1
+    # Its files are of this shape, so that a run of another one writes its own.
+    assert used == [tmp_path / "tiny-llama-2" / "model"] * 2
     said = capsys.readouterr().err
     for server in holdup.SERVERS:
         assert f"{server}: The server ended with code 1" in said
@@ -263,6 +354,54 @@ def test_cliff_model_is_a_checkpoint_with_every_layer(tmp_path):
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
 
 
+def test_files_of_a_run_that_was_cut_off_are_written_again(tmp_path, monkeypatch):
+    def cut_off(_, file):
+        Path(file).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    model, adapter = tmp_path / "model" / "pytorch_model.bin", tmp_path / "adapter" / "adapter_model.safetensors"
+
+    def keep() -> None:
+        files.keep_model(files.TINY, model.parent)
+        files.keep_adapter(files.TINY, adapter.parent, 4, None, seed=1)
+
+    for place, name, target in ((torch, "save", model), (files, "save_file", adapter)):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, name, cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                keep()
+        assert [file for file in target.parent.iterdir() if file.suffix != ".json"] == []
+    keep()
+    assert len(torch.load(model, weights_only=True)) == 3 + 9 * files.TINY.layers
+    assert read_adapter(adapter.parent, "a").rank == 4
+    # What is there is kept.
+    monkeypatch.setattr(files, "write_model", None)
+    monkeypatch.setattr(files, "write_adapter", None)
+    keep()
+
+
+def test_a_conversion_ends_with_the_benchmark_that_times_it(tmp_path, monkeypatch):
+    file = tmp_path / "pid"
+
+    def interrupted(_):
+        deadline = time.monotonic() + 20
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    code = "import os, sys, time; open('x', 'w').write(str(os.getpid())); os.rename('x', sys.argv[1]); time.sleep(60)"
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess.Popen, "communicate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert._watched([sys.executable, "-c", code, str(file)])
+    assert gone(int(file.read_text()))
+    code, seconds, peak, out = convert._watched([sys.executable, "-c", "print('so'); exit(3)"])
+    assert (code, out) == (3, "so\n")
+    assert seconds > 0
+    assert peak > 2**20
+
+
 def test_a_point_counts_waiting_requests_and_only_tokens_in_time():
     done = load.Outcome(1.0, [(1.5, 1), (2.5, 11)], end=2.5)
     late = load.Outcome(9.0, [(9.9, 1), (12.0, 11)], end=12.0)
@@ -382,10 +521,45 @@ def test_a_resumed_run_measures_what_is_left(tmp_path):
     assert again._todo("ours", "block-diagonal") == points[1:]
     # What ratios are taken to is of the same run.
     assert len(again._todo("no-lora", "no-lora")) == 3
-    other = Latency(
-        arguments(["--device", "cpu", "--tiny", "--tp", "4", "--resume", "--output", str(output)]), TINY, tmp_path
-    )
-    assert len(other._todo("ours", "block-diagonal")) == 3
+
+
+@pytest.mark.parametrize("words", [
+    [], ["--tp", "4"], ["--nblocks", "4"], ["--repeats", "9"], ["--extra-arguments", "--attention-backend triton"],
+    ["--modules", "attention"], ["--device", "cuda"],
+])  # fmt: skip
+def test_a_resumed_run_measures_points_of_another_configuration_again(tmp_path, monkeypatch, words):
+    from benchmarks.latency import __main__ as latency
+
+    given = ["--device", "cpu", "--tiny", "--tp", "2", "--output", str(tmp_path / "rows.jsonl"), "--resume"]
+    first = latency.Latency(latency.arguments(given), files.TINY, tmp_path)
+    for point in first._todo("ours", "block-diagonal"):
+        first.rows.write(
+            kind="point", arm=point.arm, mix=point.mix.text, wanted_ratio=point.ratio, batch=point.batch,
+            input_len=point.prompt, output_len=point.output,
+        )  # fmt: skip
+    monkeypatch.setattr(latency, "gpu_name", lambda: "a GPU" if "cuda" in words else None)
+    again = latency.Latency(latency.arguments([*given, *words]), files.TINY, tmp_path)
+    assert len(again._todo("ours", "block-diagonal")) == (3 if words else 0)
+    monkeypatch.setattr(latency, "gpu_name", lambda: "another GPU")
+    elsewhere = latency.Latency(latency.arguments(given), files.TINY, tmp_path)
+    assert len(elsewhere._todo("ours", "block-diagonal")) == 3
+
+
+def test_rows_that_do_not_name_their_blocks_had_as_many_as_usual(tmp_path, monkeypatch):
+    from benchmarks.latency import __main__ as latency
+
+    monkeypatch.setattr(latency, "gpu_name", lambda: None)
+    output = shutil.copy(RESULTS / "latency-cpu-tiny-tp8.jsonl", tmp_path / "rows.jsonl")
+    words = ["--device", "cpu", "--tiny", "--tp", "8", "--repeats", "2", "--resume", "--output", str(output)]
+    points = [row for row in read_rows(output) if row["kind"] == "point"]
+    assert points
+    assert not any("nblocks" in row for row in points)
+    assert latency.Latency(latency.arguments(words), files.TINY, tmp_path).points == points
+    other = latency.Latency(latency.arguments([*words, "--nblocks", "4"]), files.TINY, tmp_path)
+    assert other.points == []
+    # Written a moment ago, it names them.
+    other.rows.write(kind="point")
+    assert read_rows(output)[-1]["nblocks"] == 4
 
 
 def test_ratios_are_by_the_mean_of_the_servers_without_lora():
@@ -395,13 +569,17 @@ def test_ratios_are_by_the_mean_of_the_servers_without_lora():
     rows = [
         {**point, "arm": "no-lora", "decode_ms": 1.0},
         {**point, "arm": "block-diagonal", "adapters": 4, "params_ratio": 1.0, "decode_ms": 2.1},
-        {**point, "arm": "no-lora", "decode_ms": 1.1},
+        {**point, "arm": "no-lora", "decode_ms": 1.1, "ttft_ms": 15.0},
+        {**point, "batch": 4, "arm": "no-lora", "decode_ms": 1.0},
+        {**point, "batch": 4, "arm": "no-lora", "decode_ms": 1.02, "ttft_ms": 11.0},
         {**point, "run": "b", "arm": "no-lora", "decode_ms": 4.0},
     ]
     text = table(rows)
     assert "block-diagonal 1.00x 16x4" in text
     assert "decode  2.00x" in text
-    assert "at most 10.0 %" in text
+    assert "first to last, decode steps: at most 10.0 % (batch 1, 8/8)" in text
+    assert "first to last, first tokens: at most 50.0 % (batch 1, 8/8)" in text
+    assert "drift" not in table(rows[:2])
 
 
 def test_gaps_between_tokens_are_those_that_a_span_touches():

@@ -1,8 +1,11 @@
 """The page against the latency benchmark: what each makes of known times, and when they agree."""
 
+import argparse
+import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,10 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from app.compare import BLOCK, PLAIN
 from app.measure import Answer, Batch
+from benchmarks.files import TINY
+from benchmarks.page import __main__ as benchmark
 from benchmarks.page.__main__ import gpus
 from benchmarks.page.agreement import by_chance, judge
 from benchmarks.page.tokenizer import text_of, write_tokenizer
 from benchmarks.page.ways import GAIN, Figure, Work, check, of_batches, of_times
+from sgl_bdlora.server_process import ServerProcess, StartFailed
 
 WORK = Work(batch=2, prompt=3, output=5, repeats=3, vocab=300)
 
@@ -98,3 +104,37 @@ def test_each_of_two_servers_has_its_own_gpus(monkeypatch):
 def test_what_is_beneath_the_page_needs_no_gradio():
     code = "import sys, app.context, app.planning, app.results; sys.exit('gradio' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+
+
+def test_both_servers_are_stopped_when_one_does_not_start(tmp_path, monkeypatch):
+    codes = {"ours": "import time; time.sleep(60)", "s-lora": "exit('s-lora is ill')"}
+    servers, waited = {}, []
+
+    def process(args, shape, model, index, server, adapters, output) -> ServerProcess:
+        command = [sys.executable, "-c", codes[server]]
+        servers[server] = ServerProcess(command, {}, "http://127.0.0.1:9", tmp_path / server, 60)
+        return servers[server]
+
+    wait = ServerProcess.wait
+
+    def soon(self) -> None:
+        waited.append(threading.get_ident())
+        if self is servers["s-lora"]:
+            wait(self)
+
+    for name, stub in {
+        "keep_model": lambda shape, folder: folder, "write_tokenizer": lambda *_: None, "write_adapters": lambda *_: {}, "process": process,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(benchmark, name, stub)
+    monkeypatch.setattr(ServerProcess, "wait", soon)
+    args = argparse.Namespace(servers=2)
+    with (
+        pytest.raises(StartFailed, match="s-lora is ill"),
+        benchmark.running(args, TINY, tmp_path, tmp_path / "rows.jsonl"),
+    ):
+        pytest.fail("one has not started")
+    # A signal reaches the main thread only.
+    assert waited == [threading.get_ident()] * 2
+    for server in servers.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(server.pid, 0)

@@ -42,13 +42,13 @@ class Exchange:
         return Collectives()
 
 
-def run_layer(path: str, x_of_rank, y_of_rank, adapters: dict, names: list, tp: int) -> int:
+def run_layer(path: str, x_of_rank, y_of_rank, adapters: dict, names: list, tp: int, hidden: int) -> int:
     """Run a layer on every rank at once; y is changed in place. Returns the collectives run."""
     exchange = Exchange(tp)
 
     def one(rank: int):
         pool = MemoryPool(1 << 22, torch.float64, torch.device("cpu"), 8)
-        shards = {n: shard_adapter(a, host(tp, rank, 24), torch.float64, "s-lora") for n, a in adapters.items()}
+        shards = {n: shard_adapter(a, host(tp, rank, 24, hidden), torch.float64, "s-lora") for n, a in adapters.items()}
         pool.ensure(shards)
         batch = make_batch([n and pool.get(n) for n in names], LENGTHS, torch.device("cpu"))
         add_lora(y_of_rank[rank], x_of_rank[rank], batch, path, exchange.of(rank))
@@ -58,26 +58,28 @@ def run_layer(path: str, x_of_rank, y_of_rank, adapters: dict, names: list, tp: 
     return exchange.calls
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(("tp", "hidden"), [(1, HIDDEN), (2, HIDDEN), (4, HIDDEN), (4, 98)])
 @pytest.mark.parametrize("names", [["a", None, "bd", "b", "a"], ["bd", "bd", None, "bd", None]])
-def test_ranks_together_are_the_dense_update(tp, names):
-    adapters = {"a": adapter(1, 24, seed=1, r=10), "b": adapter(1, 24, seed=2, r=3), "bd": adapter(4, 24, seed=3)}
+def test_ranks_together_are_the_dense_update(tp, hidden, names):
+    """Also where the outputs do not divide by TP."""
+    made = {"a": (1, 1, 10), "b": (1, 2, 3), "bd": (4, 3, 24)}
+    adapters = {name: adapter(blocks, 24, seed, r, hidden) for name, (blocks, seed, r) in made.items()}
     tokens, heads = sum(LENGTHS), Q_HEADS * HEAD
     owners = [n for n, length in zip(names, LENGTHS, strict=True) for _ in range(length)]
     remote = tp > 1 and {"a", "b"} & set(names)
 
-    x = torch.randn(tokens, HIDDEN, dtype=torch.float64)
+    x = torch.randn(tokens, hidden, dtype=torch.float64)
     ys = [torch.zeros(tokens, 2 * INNER // tp, dtype=torch.float64) for _ in range(tp)]
-    calls = run_layer("model.layers.0.mlp.gate_up_proj", [x] * tp, ys, adapters, names, tp)
+    calls = run_layer("model.layers.0.mlp.gate_up_proj", [x] * tp, ys, adapters, names, tp, hidden)
     assert calls == (1 if remote else 0)
     for i, leaf in enumerate(("gate_proj", "up_proj")):
         part = torch.cat([y[:, i * INNER // tp : (i + 1) * INNER // tp] for y in ys], dim=1)
         assert torch.allclose(part, expected(adapters, owners, f"model.layers.0.mlp.{leaf}", x), atol=1e-9)
 
     x = torch.randn(tokens, heads, dtype=torch.float64)
-    ys = [torch.zeros(tokens, HIDDEN, dtype=torch.float64) for _ in range(tp)]
+    ys = [torch.zeros(tokens, hidden, dtype=torch.float64) for _ in range(tp)]
     xs = [x[:, r * heads // tp : (r + 1) * heads // tp] for r in range(tp)]
-    calls = run_layer("model.layers.0.self_attn.o_proj", xs, ys, adapters, names, tp)
+    calls = run_layer("model.layers.0.self_attn.o_proj", xs, ys, adapters, names, tp, hidden)
     assert calls == (1 if remote else 0)
     assert torch.allclose(sum(ys), expected(adapters, owners, "model.layers.0.self_attn.o_proj", x), atol=1e-9)
 

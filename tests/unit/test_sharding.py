@@ -31,16 +31,16 @@ def config(nblocks: int) -> dict:
     }
 
 
-def adapter(nblocks: int, kv_heads: int, seed: int = 0, r: int = RANK, **changes):
+def adapter(nblocks: int, kv_heads: int, seed: int = 0, r: int = RANK, hidden: int = HIDDEN, **changes):
     generator = torch.Generator().manual_seed(seed)
     dims = {
-        "self_attn.q_proj": (HIDDEN, Q_HEADS * HEAD),
-        "self_attn.k_proj": (HIDDEN, kv_heads * HEAD),
-        "self_attn.v_proj": (HIDDEN, kv_heads * HEAD),
-        "self_attn.o_proj": (Q_HEADS * HEAD, HIDDEN),
-        "mlp.gate_proj": (HIDDEN, INNER),
-        "mlp.up_proj": (HIDDEN, INNER),
-        "mlp.down_proj": (INNER, HIDDEN),
+        "self_attn.q_proj": (hidden, Q_HEADS * HEAD),
+        "self_attn.k_proj": (hidden, kv_heads * HEAD),
+        "self_attn.v_proj": (hidden, kv_heads * HEAD),
+        "self_attn.o_proj": (Q_HEADS * HEAD, hidden),
+        "mlp.gate_proj": (hidden, INNER),
+        "mlp.up_proj": (hidden, INNER),
+        "mlp.down_proj": (INNER, hidden),
     }
     tensors = {}
     for leaf, (k, n) in dims.items():
@@ -53,27 +53,27 @@ def adapter(nblocks: int, kv_heads: int, seed: int = 0, r: int = RANK, **changes
     return adapter_from_tensors("sample", tensors, {**config(nblocks), "r": r, **changes})
 
 
-def host(tp: int, rank: int, kv_heads: int) -> HostModel:
+def host(tp: int, rank: int, kv_heads: int, hidden: int = HIDDEN) -> HostModel:
     """The layers of one decoder layer as SGLang shards them, kv heads repeated when there are fewer than ranks."""
     replicas = max(1, tp // kv_heads)
     kv_shard, kv_index = max(1, kv_heads // tp) * HEAD, rank // replicas
     q_shard = Q_HEADS * HEAD // tp
     kv = Span.shard(kv_shard, kv_index, kv_heads * HEAD)
-    hidden, inner = Span.whole(HIDDEN), Span.shard(INNER // tp, rank, INNER)
+    wide, inner = Span.whole(hidden), Span.shard(INNER // tp, rank, INNER)
     q = Span.shard(q_shard, rank, Q_HEADS * HEAD)
     qkv = (
-        HostSlice("q_proj", hidden, q, 0),
-        HostSlice("k_proj", hidden, kv, q_shard),
-        HostSlice("v_proj", hidden, kv, q_shard + kv_shard),
+        HostSlice("q_proj", wide, q, 0),
+        HostSlice("k_proj", wide, kv, q_shard),
+        HostSlice("v_proj", wide, kv, q_shard + kv_shard),
     )
-    gate_up = (HostSlice("gate_proj", hidden, inner, 0), HostSlice("up_proj", hidden, inner, INNER // tp))
+    gate_up = (HostSlice("gate_proj", wide, inner, 0), HostSlice("up_proj", wide, inner, INNER // tp))
     stem = "model.layers.0"
     return HostModel(
         [
             HostLayer(f"{stem}.self_attn.qkv_proj", "column", qkv, rank, tp),
-            HostLayer(f"{stem}.self_attn.o_proj", "row", (HostSlice("o_proj", q, hidden, 0),), rank, tp),
+            HostLayer(f"{stem}.self_attn.o_proj", "row", (HostSlice("o_proj", q, wide, 0),), rank, tp),
             HostLayer(f"{stem}.mlp.gate_up_proj", "column", gate_up, rank, tp),
-            HostLayer(f"{stem}.mlp.down_proj", "row", (HostSlice("down_proj", inner, hidden, 0),), rank, tp),
+            HostLayer(f"{stem}.mlp.down_proj", "row", (HostSlice("down_proj", inner, wide, 0),), rank, tp),
         ]
     )
 
@@ -150,11 +150,14 @@ def test_bytes_equal_the_formula(tp):
     assert s_lora.nbytes == 2 * sum(RANK * k + n * RANK for k, n in columns + rows) // tp
 
 
-@pytest.mark.parametrize(("rank", "tp"), [(24, 2), (24, 8), (10, 4), (3, 8), (7, 3)])
-def test_s_lora_ranks_together_are_the_dense_update(rank, tp):
-    """Shrinks put together over the ranks, then each rank's expand; ranks that do not divide by TP are padded."""
-    sample = adapter(1, 24, r=rank)
-    hosts = [host(tp, t, 24) for t in range(tp)]
+@pytest.mark.parametrize(
+    ("rank", "tp", "hidden"),
+    [(24, 2, HIDDEN), (24, 8, HIDDEN), (10, 4, HIDDEN), (3, 8, HIDDEN), (7, 3, HIDDEN), (10, 4, 98)],
+)
+def test_s_lora_ranks_together_are_the_dense_update(rank, tp, hidden):
+    """Shrinks put together over the ranks, then each rank's expand; ranks that do not divide by TP are padded, outputs are not."""
+    sample = adapter(1, 24, r=rank, hidden=hidden)
+    hosts = [host(tp, t, 24, hidden) for t in range(tp)]
     shards = [shard_adapter(sample, h, torch.float64, "s-lora") for h in hosts]
     for module in sample.modules.values():
         a, b = dense_form(module)
@@ -174,6 +177,8 @@ def test_s_lora_ranks_together_are_the_dense_update(rank, tp):
             total[outputs.start : outputs.stop] = layout.scale * local_b @ whole_a
         assert torch.allclose(total, module.scale * b.double() @ a.double(), atol=1e-9)
     assert all(shard.collectives == 4 for shard in shards)
+    starts = [start for shard in shards for start in shard.offsets.values()]
+    assert all(start % shard_module.ALIGNMENT == 0 for start in starts)
 
 
 def local_factors(shard, path: str, index: int):
