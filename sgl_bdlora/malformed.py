@@ -90,7 +90,9 @@ def before_validate_one_request(manager, request, input_ids) -> None:
     words, most = manager.model_config.vocab_size, len(input_ids or ())
     if not input_ids and getattr(request, "input_embeds", None) is None:
         raise ValueError("the prompt has no token; give text or input_ids")
-    if input_ids and not 0 <= min(input_ids) <= max(input_ids) < words:
+    # A picture's place may have an id behind the vocabulary (mllama), which the scheduler replaces.
+    pictures = manager.model_config.is_multimodal and request.contains_mm_input()
+    if input_ids and not pictures and not 0 <= min(input_ids) <= max(input_ids) < words:
         raise ValueError(f"input_ids have to be from 0 to {words - 1}, got {min(input_ids)} to {max(input_ids)}")
     for name, least, highest in ("top_logprobs_num", 0, words), ("logprob_start_len", -1, most):
         value = getattr(request, name, None)

@@ -1,6 +1,7 @@
 """What a request has caused is answered 400 with the reason; a fault of the server stays a 500."""
 
 import asyncio
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -100,6 +101,16 @@ def test_lists_are_for_batches():
     assert all(
         hasattr(request, name) for name in (*malformed._EACH, "is_single", "top_logprobs_num", "logprob_start_len")
     )
+
+
+@pytest.mark.parametrize(
+    ("multimodal", "picture", "refused"), [(True, "x", False), (True, None, True), (False, "x", True)]
+)
+def test_pictures_may_have_ids_behind_the_vocabulary(multimodal, picture, refused):
+    manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=100, is_multimodal=multimodal))
+    request = GenerateReqInput(input_ids=[5, 100], image_data=picture)
+    with pytest.raises(ValueError, match="from 0 to 99, got 5 to 100") if refused else contextlib.nullcontext():
+        malformed.before_validate_one_request(manager, request, [5, 100])
 
 
 def anthropic(error: Exception, status: int) -> dict:
