@@ -9,7 +9,7 @@ import multiprocessing
 import os
 from functools import partial
 
-from sgl_bdlora import config, cpu, graphs, malformed
+from sgl_bdlora import config, cpu, graphs, malformed, request_checks
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def register() -> None:
         _register_tenants()
         _register_ending()
         _register_malformed()
+        _register_request_checks()
         tensors = "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter_from_tensors"
         _hook(tensors, _around_load_lora_adapter_from_tensors, "AROUND")
     cpu.register_hooks(_hook)
@@ -142,13 +143,8 @@ def _register_malformed() -> None:
     openai = f"{entrypoints}.openai"
     for check in malformed.TARGETS:
         _hook(check, malformed.around_check, "AROUND")
-    for kind in "GenerateReqInput", "EmbeddingReqInput":
-        normalize = f"sglang.srt.managers.io_struct.{kind}.normalize_batch_and_arguments"
-        _hook(normalize, malformed.after_normalize, "AFTER")
-    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
-    _hook(f"{manager}._validate_one_request", malformed.before_validate_one_request, "BEFORE")
-    _hook("sglang.srt.sampling.sampling_params.SamplingParams.verify", malformed.before_verify, "BEFORE")
-    _hook(f"{manager}._tokenize_texts", malformed.around_tokenize, "AROUND")
+    tokenize = "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_texts"
+    _hook(tokenize, malformed.around_tokenize, "AROUND")
     streaming = f"{openai}.serving_base.OpenAIServingBase._handle_streaming_request"
     _hook(streaming, malformed.around_handle_streaming, "AROUND")
     detokenize = f"{openai}.serving_tokenize.OpenAIServingDetokenize._convert_to_internal_request"
@@ -160,6 +156,15 @@ def _register_malformed() -> None:
     _hook(f"{ollama}._stream_chat_response", malformed.before_ollama_chat, "BEFORE")
     _hook(f"{ollama}._stream_chat_response", malformed.around_ollama_stream, "AROUND")
     _hook(f"{ollama}._stream_generate_response", malformed.around_ollama_stream, "AROUND")
+
+
+def _register_request_checks() -> None:
+    for kind in "GenerateReqInput", "EmbeddingReqInput":
+        normalize = f"sglang.srt.managers.io_struct.{kind}.normalize_batch_and_arguments"
+        _hook(normalize, request_checks.after_normalize, "AFTER")
+    validate = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
+    _hook(validate, request_checks.before_validate_one_request, "BEFORE")
+    _hook("sglang.srt.sampling.sampling_params.SamplingParams.verify", request_checks.before_verify, "BEFORE")
 
 
 def _register_backend() -> None:
