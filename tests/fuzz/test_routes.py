@@ -11,7 +11,6 @@ from collections import Counter
 import httpx
 import pytest
 from budget import settings_for
-from harness import Ask, Server, check
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
@@ -47,36 +46,8 @@ NAMES = st.sampled_from(
 
 
 @pytest.fixture(scope="module")
-def server(zoo, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("routes")
-    root = zoo.adapter("llama", "bd4-r16").parent
-    zoo.adapter("llama", "plain-r2")
-    arguments = (
-        "--enable-lora", "--max-lora-rank", "32", "--lora-target-modules", "all", "--max-loras-per-batch", "8",
-        "--adapter-root", str(root), "--lora-paths", f"good={root / 'bd4-r16'}",
-    )  # fmt: skip
-    with Server(zoo.model("llama"), 2, folder / "server.log", arguments) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def schema(server):
     return schemathesis.openapi.from_dict(httpx.get(f"{server.base_url}/openapi.json", timeout=60).json())
-
-
-@pytest.fixture(scope="module")
-def probe(server, zoo):
-    """Checks that the server lives and answers exactly, the adapter's requests and the base model's."""
-    oracle, folder = zoo.oracle("llama"), zoo.adapter("llama", "bd4-r16")
-
-    def run() -> None:
-        prompt = tuple(range(10, 30))
-        if "good" not in {adapter["name"] for adapter in server.get("/bdlora/info").json()["adapters"]}:
-            assert server.load("good", folder).status_code == 200
-        asks = [Ask(prompt), Ask(prompt, "good", folder)]
-        check(oracle, asks, server.generate(asks))
-
-    return run
 
 
 def tame(value):
