@@ -32,7 +32,7 @@ import httpx
 from benchmarks.cluster.client import Sent, client, replay, send
 from benchmarks.cluster.compared import ASKED, DRAIN_S, against_simulator, point, table
 from benchmarks.failures import run_to_end
-from benchmarks.files import LLAMA_8B, MODULES, TINY, Shape, write_adapter, write_model
+from benchmarks.files import LLAMA_8B, MODULES, TINY, Shape, folder_of, keep_adapter, keep_model
 from benchmarks.record import RESULTS, Rows, gpu_name, read_rows
 from sgl_bdlora.cluster.config import ClusterConfig, from_dict
 from sgl_bdlora.cluster.policies import NAMES
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="policies-") as name:
         shape, ranks = (TINY, TINY_ADAPTERS) if args.tiny else (LLAMA_8B, ADAPTERS)
-        folder = (args.files or Path(name)) / f"{shape.name.replace(' ', '-')}-{shape.layers}"
+        folder = folder_of(shape, args.files or Path(name))
         write_files(shape, ranks, folder)
         settings = settings_of(args, shape, folder)
         run = Run(args, from_dict(settings), settings, shape)
@@ -112,12 +112,9 @@ def show(path: Path, costs: str, names: Sequence[str] = ()) -> None:
 
 def write_files(shape: Shape, ranks: dict[int, int], folder: Path) -> None:
     """Adapters of one rank have the same weights, in one file with several names."""
-    if not (folder / "model" / "pytorch_model.bin").exists():
-        write_model(shape, folder / "model")
+    keep_model(shape, folder / "model")
     for rank, count in ranks.items():
-        first = folder / "adapters" / f"r{rank}-0"
-        if not (first / "adapter_model.safetensors").exists():
-            write_adapter(shape, first, rank, None, seed=rank)
+        first = keep_adapter(shape, folder / "adapters" / f"r{rank}-0", rank, None, seed=rank)
         for i in range(1, count):
             other = folder / "adapters" / f"r{rank}-{i}"
             other.mkdir(exist_ok=True)

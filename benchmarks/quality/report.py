@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.stats import Interval, interval, over_rows
+from benchmarks.quality.stats import Interval, interval, over_rows, validation_loss
 
 Key = tuple[str, str]  # arm, variant
 COLOURS = {2: "tab:blue", 4: "tab:orange", 8: "tab:green"}
@@ -167,7 +167,7 @@ def _sweep(rows: Sequence[dict]) -> str:
     for row in rows:
         if row["kind"] == "sweep":
             place = (row["model"], row["task"], row["arm"], row["init"])
-            found.setdefault(place, {})[row["lr"]] = _loss(row)
+            found.setdefault(place, {})[row["lr"]] = validation_loss(row)
     return _losses(
         "### Learning rates and starts",
         "Validation loss (nats a text token + nats a class token), one seed; the lowest of a line is bold. Start: PEFT's own, or lora: "
@@ -182,12 +182,12 @@ def _healing(rows: Sequence[dict]) -> str:
     for row in rows:
         if row["kind"] == "heal" and row["nblocks"] > 1:
             by = found.setdefault((row["model"], row["task"], row["nblocks"]), {})
-            by["not healed" if row["variant"] == "converted" else row["heal_lr"]] = _loss(row)
+            by["not healed" if row["variant"] == "converted" else row["heal_lr"]] = validation_loss(row)
     for row in rows:
         if row["kind"] == "heal" and row["nblocks"] == 1:
             for model, task, nblocks in found:
                 if (model, task) == (row["model"], row["task"]):
-                    found[model, task, nblocks]["LoRA"] = _loss(row)
+                    found[model, task, nblocks]["LoRA"] = validation_loss(row)
     return _losses(
         "### Healing's rates",
         "Validation loss, as above, at the LoRA's parameters: of the LoRA, of its conversion, and of that healed at several rates; "
@@ -195,10 +195,6 @@ def _healing(rows: Sequence[dict]) -> str:
         ("model", "task", "blocks"),
         found,
     )
-
-
-def _loss(row: dict) -> float:
-    return row["text_loss"] + row["label_loss"]
 
 
 def _losses(title: str, text: str, names: Sequence[str], found: dict[tuple, dict[float | str, float]]) -> str:

@@ -22,6 +22,7 @@ import torch
 from benchmarks.quality import data, learn
 from benchmarks.quality.arms import Arm, arms_of
 from benchmarks.quality.bank import Bank, Tensors
+from benchmarks.quality.stats import validation_loss
 from benchmarks.quality.weights import load_model
 from benchmarks.record import Rows as RowFile
 from benchmarks.record import read_rows
@@ -296,7 +297,7 @@ class Quality:
     def chosen_rate(self, task: str, blocked: bool, init: str = "peft") -> float:
         """The learning rate with the lowest validation loss in the sweep's rows; the plan's if there are none."""
         rows = [row for row in self._sweep_rows(task) if (row["nblocks"] > 1, row["init"]) == (blocked, init)]
-        return min(rows, key=_loss)["lr"] if rows else self.plan.lr
+        return min(rows, key=validation_loss)["lr"] if rows else self.plan.lr
 
     def chosen_heal_rate(self, task: str, nblocks: int) -> float:
         """The rate at which the sweep's conversion to `nblocks` has the lowest validation loss; the plan's if there are no rows."""
@@ -305,7 +306,7 @@ class Quality:
             if row["kind"] == "heal" and (row["model"], row["task"]) == (self.model_name, task)
             and (row["variant"], row["nblocks"]) == ("healed", nblocks)
         ]  # fmt: skip
-        return min(rows, key=_loss)["heal_lr"] if rows else self.plan.heal_lr
+        return min(rows, key=validation_loss)["heal_lr"] if rows else self.plan.heal_lr
 
     def _result(
         self, kind: str, unit: str, task: str, seed, arm: Arm, variant: str, score: learn.Score, **more
@@ -318,10 +319,6 @@ class Quality:
             text_loss=_log(score.perplexity), accuracy=score.accuracy, label_loss=score.label_loss, rows=len(bits),
             correct=f"{int(bits, 2):x}", **more,
         )  # fmt: skip
-
-
-def _loss(row: dict) -> float:
-    return row["text_loss"] + row["label_loss"]
 
 
 def _log(perplexity: float) -> float:

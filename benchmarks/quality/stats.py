@@ -39,6 +39,11 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n))
 
 
+def validation_loss(row: dict) -> float:
+    """Of a sweep's row: nats a text token and nats a class token."""
+    return row["text_loss"] + row["label_loss"]
+
+
 def bits(row: dict) -> list[int]:
     """Of a result row: for every test row whether the class was right."""
     return [int(bit) for bit in f"{int(row['correct'], 16):0{row['rows']}b}"]

@@ -20,6 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from test_server_process import gone
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -86,19 +87,6 @@ def test_a_server_that_fails_is_a_row_and_a_message_and_the_next_has_its_turn(tm
     assert capsys.readouterr().err == "stock: The server ended\ns-lora: ReadTimeout('')\n"
     with pytest.raises(KeyError), failures.of(server="ours"):
         raise KeyError("a fault of the benchmark")
-
-
-def gone(pid: int) -> bool:
-    """Soon. An ended process whose parent has not asked for its code is gone too."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_a_benchmark_that_is_told_to_end_while_its_servers_start_stops_them_and_removes_its_files(tmp_path):
