@@ -1,5 +1,6 @@
 """Table and picture of a latency run.  python -m benchmarks.latency.plot benchmarks/results/latency-....jsonl"""
 
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -59,50 +60,79 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], target: Path) -> None:
+    """A column a mix of adapters; for every prompt and output length the decode steps, and below them their ratios."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    places = list(dict.fromkeys((row["input_len"], row["output_len"]) for row in rows))
+    lengths = list(dict.fromkeys((row["input_len"], row["output_len"]) for row in rows))
+    mixes = list(dict.fromkeys(row["mix"] for row in rows if row["adapters"])) or [""]
+    size = (3.4 * len(mixes) + 2.6, 5.4 * len(lengths))
     figure, axes = plt.subplots(
-        2, len(places), figsize=(5.2 * len(places) + 2, 7.4), layout="constrained", squeeze=False
+        2 * len(lengths), len(mixes), figsize=size, layout="constrained", squeeze=False, sharey="row"
     )
+    looks = _looks(rows)
     decode = baselines(rows, "decode_ms")
-    # One line style a label of an arm: its mixes and ratios.
-    styles: dict[str, dict[str, str]] = {}
-    for column, place in enumerate(places):
-        here = [row for row in rows if (row["input_len"], row["output_len"]) == place]
-        latency, ratio = axes[0][column], axes[1][column]
-        for name in dict.fromkeys(label(row) for row in here):
-            line = sorted((row for row in here if label(row) == name), key=lambda row: row["batch"])
-            batches = sorted({row["batch"] for row in line})
-            steps = [statistics.mean(row["decode_ms"] for row in line if row["batch"] == batch) for batch in batches]
-            arm = styles.setdefault(line[0]["arm"], {})
-            look = {"color": COLOURS[line[0]["arm"]], "ls": arm.setdefault(name, STYLES[len(arm) % len(STYLES)])}
-            latency.plot(batches, steps, marker="o", label=name, **look)
-            if line[0]["arm"] != "no-lora" and all(_place(row) in decode for row in line):
-                by_batch = {
-                    b: [r["decode_ms"] / statistics.mean(decode[_place(r)]) for r in line if r["batch"] == b]
-                    for b in batches
-                }
-                ratio.plot(batches, [statistics.mean(by_batch[b]) for b in batches], marker="o", **look)
-        latency.set(title=f"{place[0]} in / {place[1]} out", ylabel="decode step, ms")
-        ratio.set(ylabel="by the step without LoRA", xlabel="requests in the batch")
-        ratio.axhline(1, color="black", lw=0.8)
+    for (i, place), (j, mix) in itertools.product(enumerate(lengths), enumerate(mixes)):
+        here = [
+            row
+            for row in rows
+            if (row["input_len"], row["output_len"]) == place and (not row["adapters"] or row["mix"] == mix)
+        ]
+        steps, ratios = axes[2 * i][j], axes[2 * i + 1][j]
+        for name, look in looks.items():
+            line = [row for row in here if _name(row) == name]
+            _line(steps, [(row["batch"], row["decode_ms"]) for row in line], label=name, **look)
+            if name != "no-lora":
+                by = [(row["batch"], row["decode_ms"] / statistics.mean(decode[_place(row)]))
+                      for row in line if _place(row) in decode]  # fmt: skip
+                _line(ratios, by, **look)
+        steps.set_title(f"{mix}, {place[0]} in / {place[1]} out".removeprefix(", "), fontsize=10)
+        ratios.axhline(1, color="black", lw=0.8)
+        ratios.set_xlabel("requests in the batch")
         batches = sorted({row["batch"] for row in here})
-        for panel in (latency, ratio):
+        for panel in (steps, ratios):
             panel.set_xscale("log", base=2)
             panel.set_xticks(batches, [str(batch) for batch in batches])
-            panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    for row in axes:
+        # Once, for all panels of a row: a limit ends their scaling.
+        row[0].set_ylim(bottom=0)
+    for i in range(len(lengths)):
+        axes[2 * i][0].set_ylabel("decode step, ms")
+        axes[2 * i + 1][0].set_ylabel("by the step without LoRA")
+    handles = [plt.Line2D([], [], marker="o", label=name, **look) for name, look in looks.items()]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     first = rows[0]
     figure.suptitle(
         f"{first['model']}, {first['layers']} layers, TP {first['tp']}, {first['gpu'] or 'CPU'}", fontsize=10
     )
     figure.savefig(target, dpi=110)
     plt.close(figure)
+
+
+def _name(row: dict) -> str:
+    """An arm's, whatever the mix: by the ratio that was asked for, where the row has it, because what came of it differs between ranks."""
+    if row["arm"] != "block-diagonal":
+        return row["arm"]
+    return f"{row['arm']} {row.get('wanted_ratio', row['params_ratio']):.3g}x"
+
+
+def _looks(rows: list[dict]) -> dict[str, dict]:
+    """Name -> colour of its arm and a line style of its own there."""
+    looks: dict[str, dict] = {}
+    for row in rows:
+        same = [name for name in looks if name.partition(" ")[0] == row["arm"] and name != _name(row)]
+        looks.setdefault(_name(row), {"color": COLOURS[row["arm"]], "ls": STYLES[len(same) % len(STYLES)]})
+    return looks
+
+
+def _line(panel, points: list[tuple[int, float]], **look) -> None:
+    """The mean of each batch's values, in order of batches."""
+    batches = sorted({batch for batch, _ in points})
+    values = [statistics.mean(value for other, value in points if other == batch) for batch in batches]
+    panel.plot(batches, values, marker="o", **look)
 
 
 if __name__ == "__main__":
