@@ -33,8 +33,8 @@ test: $(STAMP) ## Run the default test suite
 test-all: $(STAMP) ## Run the whole test matrix (about 20 minutes on 2 cores)
 	@$(PY) -m pytest -m "not gpu"
 
-test-gpu: $(STAMP) ## Run the kernels' and the servers' tests on this machine's GPUs
-	@$(PY) -m pytest -s tests/kernels tests/server/test_gpu.py
+test-gpu: $(STAMP) ## Run the kernels', the pinned memory's and the servers' tests on this machine's GPUs
+	@$(PY) -m pytest -s tests/kernels tests/unit/test_host_memory.py tests/server/test_gpu.py
 
 fuzz: $(STAMP) ## Try 100,000 made-up adapters and 20,000 made-up requests (about 40 minutes on 2 cores)
 	@BDLORA_FUZZ_CASES=100000 BDLORA_FUZZ_REQUESTS=100 $(PY) -m pytest -s -m slow tests/fuzz

@@ -6,9 +6,9 @@
 
 Streams of requests for the base model run; after a second an adapter is loaded from files that were just written (so from memory, not
 from a disk), then asked for once. Of every part the longest gap between two messages of a stream is taken, over all streams. "quiet" is
-the second before. The adapters of all repeats stay loaded until the last one is there, because a load that finds the memory of an
-unloaded adapter takes none from the system; then they are unloaded one by one. The median and the largest of the repeats are printed,
-and a row for each part of each goes to benchmarks/results/.
+the second before. The adapters of all repeats stay loaded until the last one is there, because a load of SGLang's own takes no memory from
+the system where it finds that of an unloaded adapter; then they are unloaded one by one. The median and the largest of the repeats are
+printed, and a row for each part of each goes to benchmarks/results/.
 """
 
 import argparse
@@ -91,16 +91,16 @@ class Streams:
 
 
 def measure(url: str, count: int, steps: dict[str, Callable[[], None]]) -> dict[str, tuple[float, float]]:
-    """Seconds that each step took beside `count` streams, and its longest gap."""
+    """Seconds that each step took beside `count` streams, and the longest gap in it and half a quiet second after."""
     spans = {}
     with Streams(url, count) as streams:
         for part, step in steps.items():
             begin = time.perf_counter()
             step()
             spans[part] = (begin, time.perf_counter())
-            # What a step holds up is over before the next one begins.
-            time.sleep(QUIET_S / 2)
-        return {part: (end - begin, streams.gap(begin, end)) for part, (begin, end) in spans.items()}
+            # A step may leave something to threads, as unloading does with host memory. It is over before the next one begins.
+            time.sleep(QUIET_S)
+        return {part: (end - begin, streams.gap(begin, end + QUIET_S / 2)) for part, (begin, end) in spans.items()}
 
 
 def all_parts(url: str, count: int, folder: Path, repeats: int) -> Iterator[tuple[str, float, float]]:

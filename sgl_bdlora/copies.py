@@ -49,3 +49,8 @@ class Copies:
             event = torch.cuda.Event()
             event.record()
         return Arrival(event)
+
+    def finish(self) -> None:
+        """Wait on the host, in any thread, until the copies that were queued before are done."""
+        if self._stream is not None:
+            self._stream.synchronize()

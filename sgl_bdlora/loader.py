@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from sgl_bdlora import config
 from sgl_bdlora.adapters import Adapter, AdapterError, adapter_from_tensors, read_adapter
 from sgl_bdlora.adapters.check import check_rank
 from sgl_bdlora.adapters.root import confined
+from sgl_bdlora.host_memory import Cuda, PinnedMemory, PinningError
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.preparing import Preparations
 from sgl_bdlora.sharding import AdapterShard, HostModel, Sharding, even_out, layer_sizes, shard_adapter
@@ -52,6 +52,7 @@ class AdapterLoader:
     ):
         self._pool, self._host, self._sharding, self._max_rank = pool, host, sharding, max_rank
         self._prepare_kernels, self._all_ranks = prepare_kernels, all_ranks
+        self._zeros = PinnedMemory(Cuda(pool.arena.device, pool.copies)).zeros if pool.arena.is_cuda else torch.zeros
         self.shards: dict[str, AdapterShard] = {}
         self.refs: dict[str, LoRARef] = {}
         self.preparations = Preparations(self._read, self._cut)
@@ -97,7 +98,7 @@ class AdapterLoader:
         if error is not None:
             return error
         try:
-            shard = even_out(shard, sizes)
+            shard = even_out(shard, sizes, self._zeros)
             self._check_bytes(shard, bool(ref.pinned))
             self._prepare_kernels(shard)
         except Exception as failure:
@@ -117,9 +118,7 @@ class AdapterLoader:
     def _cut(self, adapter: Adapter) -> AdapterShard:
         """This rank's pieces, in any thread."""
         check_rank(adapter, self._max_rank)
-        arena = self._pool.arena
-        with torch.cuda.device(arena.device) if arena.is_cuda else nullcontext():
-            return shard_adapter(adapter, self._host, arena.dtype, self._sharding, pin=arena.is_cuda)
+        return shard_adapter(adapter, self._host, self._pool.arena.dtype, self._sharding, self._zeros)
 
     def _check_name(self, name: str) -> None:
         if any(ref.lora_name == name for ref in self.refs.values()):
@@ -159,6 +158,14 @@ def _why(name: str, failure: Exception) -> str:
     if isinstance(failure, AdapterError):
         return str(failure)
     logger.error("sgl-bdlora: loading adapter %r failed", name, exc_info=failure)
+    if isinstance(failure, PinningError):
+        return str(
+            AdapterError(
+                name,
+                str(failure),
+                "unload adapters or lower --max-loaded-loras, or give the machine or the container more memory",
+            )
+        )
     if isinstance(failure, OSError) and failure.filename is not None:
         return str(
             AdapterError(

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 
 from sgl_bdlora.copies import Arrival, Copies
+from sgl_bdlora.host_memory import PIECE, pieces
 from sgl_bdlora.sharding import AdapterShard, layer_views
 
 
@@ -200,7 +201,7 @@ class MemoryPool:
         return blocks
 
     def _copy(self, shard: AdapterShard, blocks: dict[str, tuple[int, int]]) -> None:
-        """Copy in as few pieces as the placement allows."""
+        """Copy in as few pieces as the placement and the host memory allow."""
         run_source = run_target = run_length = 0
         for path, source in sorted(shard.offsets.items(), key=lambda item: item[1]):
             target, numel = blocks[path]
@@ -212,5 +213,6 @@ class MemoryPool:
         self._copy_run(shard, run_source, run_target, run_length)
 
     def _copy_run(self, shard: AdapterShard, source: int, target: int, length: int) -> None:
-        if length:
-            self.arena[target : target + length].copy_(shard.weights[source : source + length], non_blocking=True)
+        for start, stop in pieces(source, source + length, PIECE // shard.weights.itemsize):
+            place = target + start - source
+            self.arena[place : place + stop - start].copy_(shard.weights[start:stop], non_blocking=True)

@@ -4,8 +4,10 @@ Ranks hold different amounts where blocks and ranks have no common grid (3 block
 that take the same sizes in the same order stay alike, so every rank schedules and evicts alike without asking the others.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+
+import torch
 
 from sgl_bdlora.adapters.errors import AdapterError
 from sgl_bdlora.sharding.shard import AdapterShard
@@ -16,8 +18,12 @@ def layer_sizes(shard: AdapterShard) -> dict[str, int]:
     return {path: layer.numel for path, layer in shard.layers.items()}
 
 
-def even_out(shard: AdapterShard, everyone: Sequence[Mapping[str, int]]) -> AdapterShard:
-    """`shard` with each layer's block as large as the largest of any rank's. everyone: every rank's layer_sizes.
+def even_out(
+    shard: AdapterShard, everyone: Sequence[Mapping[str, int]], zeros: Callable[..., torch.Tensor] = torch.zeros
+) -> AdapterShard:
+    """`shard` with each layer's block as large as the largest of any rank's.
+
+    everyone: every rank's layer_sizes. zeros: as in shard_adapter.
 
     Raises AdapterError if the ranks do not hold the same layers.
     """
@@ -35,7 +41,7 @@ def even_out(shard: AdapterShard, everyone: Sequence[Mapping[str, int]]) -> Adap
     for path, layer in layers.items():
         offsets[path] = total
         total += layer.numel
-    weights = shard.weights.new_zeros(total, pin_memory=shard.weights.is_pinned())
+    weights = zeros(total, dtype=shard.weights.dtype)
     for path, numel in mine.items():
         source = shard.weights[shard.offsets[path] : shard.offsets[path] + numel]
         weights[offsets[path] : offsets[path] + numel].copy_(source)

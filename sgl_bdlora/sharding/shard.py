@@ -1,7 +1,7 @@
 """An adapter's weights for one rank: every host layer's pieces in one flat host tensor."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,7 +54,7 @@ class AdapterShard:
     """An adapter on one rank.
 
     layers: host layer path -> layout. offsets: host layer path -> where its block starts in `weights`.
-    weights: 1-D host tensor in the pool's dtype, pinned when a GPU will copy from it.
+    weights: 1-D host tensor in the pool's dtype, from the start of its memory on.
     parameters: of the whole adapter. plain_numel: sharding -> elements that this rank would hold were it plain.
     """
 
@@ -117,9 +117,13 @@ class HostModel:
 
 
 def shard_adapter(
-    adapter: Adapter, host: HostModel, dtype: torch.dtype, sharding: Sharding = "replicated", pin: bool = False
+    adapter: Adapter,
+    host: HostModel,
+    dtype: torch.dtype,
+    sharding: Sharding = "replicated",
+    zeros: Callable[..., torch.Tensor] = torch.zeros,
 ) -> AdapterShard:
-    """Read this rank's pieces of `adapter` into one flat host tensor. sharding: of its plain modules.
+    """Read this rank's pieces of `adapter` into one flat host tensor. sharding: of its plain modules. zeros: where that tensor comes from.
 
     Raises AdapterError for unknown modules, shapes of another model, wrongly sided factors, weights that are not finite, and copies
     of the base model's embeddings that differ from it.
@@ -129,7 +133,7 @@ def shard_adapter(
     for path, layer in layers.items():
         offsets[path] = total
         total += layer.numel
-    weights = torch.zeros(total, dtype=dtype, pin_memory=pin)
+    weights = zeros(total, dtype=dtype)
 
     def fill(path: str) -> None:
         block = weights[offsets[path] : offsets[path] + layers[path].numel]

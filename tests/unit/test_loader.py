@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_host_memory import FakeCuda
 from test_sharding import HIDDEN, RANK, adapter, config, host
 
 from sgl_bdlora import loader, preparing
+from sgl_bdlora.host_memory import PinnedMemory
 from sgl_bdlora.loader import AdapterLoader
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard, shard_adapter
@@ -102,6 +104,17 @@ def test_what_fails_on_one_rank_is_kept_on_none(fault, message):
     ranks = Ranks(**fault)
     assert message in ranks.load("one")
     assert ranks.loaded() == []
+
+
+def test_pinned_memory_that_one_rank_does_not_get_refuses_the_load():
+    ranks = Ranks()
+    ranks.loaders[1]._zeros = PinnedMemory(FakeCuda(room=0)).zeros
+    answer = ranks.load("one")
+    assert "bytes of host memory could not be pinned: out of memory" in answer
+    assert "Fix: unload adapters" in answer
+    assert ranks.loaded() == []
+    ranks.loaders[1]._zeros = PinnedMemory(FakeCuda()).zeros
+    assert ranks.load("one") is None
 
 
 def test_what_was_prepared_is_not_read_again(reads):
