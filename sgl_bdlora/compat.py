@@ -8,6 +8,8 @@ import pkgutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from sgl_bdlora import cpu
+
 SGLANG_VERSION = "0.5.17"
 
 # Dotted name -> the parameters we pass or receive, in order; None where only the name is used.
@@ -290,10 +292,20 @@ LAUNCHER_ONLY = (
     "sglang.lang.",
 )
 
+# What only the hooks of sgl_bdlora/cpu/hooks.py patch and call, which are not registered with a GPU.
+CPU_ONLY = (
+    "sglang.srt.entrypoints.engine.Engine._launch_",
+    "sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce",
+    "sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp",
+    "sglang.srt.constrained.xgrammar_backend.",
+    "xgrammar.",
+)
+
 
 def check(launcher: bool = True) -> list[tuple[str, str]]:
-    """(name, problem) for every row; the problem is empty where the name is as expected."""
-    names = {name: p for name, p in NAMES.items() if launcher or not name.startswith(LAUNCHER_ONLY)}
+    """(name, problem) for every row that matters to this process; the problem is empty where the name is as expected."""
+    elsewhere = (() if launcher else LAUNCHER_ONLY) + (() if cpu.applies() else CPU_ONLY)
+    names = {name: p for name, p in NAMES.items() if not name.startswith(elsewhere)}
     return [(name, _problem(name, parameters)) for name, parameters in names.items()]
 
 
@@ -333,8 +345,6 @@ def _problem(name: str, parameters: tuple[str, ...] | None) -> str:
 
 
 def main() -> int:
-    from sgl_bdlora import cpu
-
     cpu.prepare_environment()
     rows = check()
     width = max(len(name) for name, _ in rows)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sgl_bdlora import compat, plugin
+from sgl_bdlora import compat, cpu, plugin
 
 
 def test_importing_needs_neither_torch_nor_sglang():
@@ -28,6 +28,16 @@ def test_a_changed_host_is_refused_by_name(monkeypatch):
     assert "json.dumps: takes (obj, " in said
     assert "json.gone: not found" in said
     assert "needs sglang==9.9" in said
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_is_patched_only_without_a_gpu_is_checked_only_there(monkeypatch, gpu):
+    """With a GPU there may be a stand-in for a grammar back end that is not used."""
+    name = "xgrammar.apply_token_bitmask_inplace"
+    monkeypatch.setattr(name, lambda: None)
+    monkeypatch.setattr(compat, "NAMES", {name: compat.NAMES[name]})
+    monkeypatch.setattr(cpu, "applies", lambda: not gpu)
+    assert [name for name, problem in compat.check() if problem] == ([] if gpu else [name])
 
 
 def test_hooks_that_did_not_land_are_refused(monkeypatch):
