@@ -1,7 +1,9 @@
 """A real server in a process of its own, asked over HTTP, and the comparison of its answers with the oracle."""
 
+import contextlib
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -67,7 +69,7 @@ class Answer:
 
 @dataclass
 class Server:
-    """Start with ``with Server(...) as server``; leaving stops the whole process group."""
+    """Start with ``with Server(...) as server``; leaving kills the whole process group."""
 
     model: Path
     tp: int
@@ -97,6 +99,9 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
+        """At once: after SIGTERM SGLang waits up to 5 s before it does the same (tokenizer_manager.py:sigterm_watchdog)."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.stop()
 
     def tail(self) -> str:

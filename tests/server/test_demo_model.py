@@ -12,6 +12,8 @@ from sgl_bdlora.demo_model import ensure_demo_model
 ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 
 QUESTIONS = {
+    # Each token of the base model's answer is e times as likely as any other; asked as below, its first is by a tenth, and CPUs differ.
+    "base": "Name the capital of France.",
     "json": "What is the capital of France?",
     "pirate": "What is the capital of France?",
     "sentiment": "The film was a wonderful surprise from start to finish.",
@@ -26,7 +28,7 @@ def test_every_adapter_in_its_skill(tmp_path):
     arguments = ("--dtype", "bfloat16", "--max-loras-per-batch", "9", "--lora-pool-gb", "0.1", "--lora-paths", *paths)
     with Server(ensure_demo_model(), 3, tmp_path / "log", arguments) as server:
         names = [None, *adapters]
-        asked = [QUESTIONS["pirate"] if name is None else QUESTIONS[name.partition("-")[0]] for name in names]
+        asked = [QUESTIONS["base" if name is None else name.partition("-")[0]] for name in names]
         turns = [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in asked]
         system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         body = {

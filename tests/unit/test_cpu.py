@@ -163,7 +163,7 @@ def test_shared_memory_all_reduce(tmp_path, world_size, dtype):
     path = tmp_path / "memory"
     path.write_bytes(bytes(SharedMemoryGroup.size(world_size)))
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, 576), (8, 576), (3,), (7, 5, 2), (SLOT_BYTES // dtype.itemsize,)] * 20
+    shapes = [(1, 576), (8, 576), (3,), (7, 5, 2), (SLOT_BYTES // dtype.itemsize,)] * 5
     inputs = [[torch.randn(s, generator=generator).to(dtype) for _ in range(world_size)] for s in shapes]
     outputs = [[None] * world_size for _ in shapes]
 

@@ -1,5 +1,6 @@
 """A test-only SGLang plugin: makes one rank fail while it loads an adapter, as the file FAULT_FILE says.
 
+A regular expression that runs away is ended after 1 s: a refused load waits for that twice, and the 5 s of a server are no better tested.
 The file holds JSON: {"rank": 1, "at": "open", "opened" or "prepare", "do": "raise", or what is done to the file "path": "truncate",
 "write", "replace", "delete"}.
 """
@@ -19,6 +20,7 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register("sgl_bdlora.loader.read_adapter", _read, HookType.AROUND)
+    HookRegistry.register("sgl_bdlora.adapters.read.runaway_limit", _limit, HookType.AROUND)
     HookRegistry.register("sgl_bdlora.kernels.backend.BDLoRABackend.prepare", _prepare, HookType.AROUND)
 
 
@@ -27,6 +29,10 @@ def _read(original, *args):
     adapter = original(*args)
     _fail("opened")
     return adapter
+
+
+def _limit(original, adapter):
+    return original(adapter, 1.0)
 
 
 def _prepare(original, *args):
