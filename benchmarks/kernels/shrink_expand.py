@@ -3,12 +3,12 @@
     python -m benchmarks.kernels.shrink_expand [--model 8b] [--tp 2] [--tokens 1 8 32 256 4096 16384] [--adapters 1 8] [--rank 16]
 
 Microseconds, medians, each in a CUDA graph after the second-level cache was emptied. Adapters are plain, of one rank, uniformly
-spread over the rows (in blocks above 64 rows, as in prefill), bfloat16.
+spread over the rows (in blocks above 128 rows, as in prefill; with --turns they take turns, as in decode steps), bfloat16.
 
     floor     what has to be moved, at --bandwidth, and two launches of 2.5 us
     ours      sgl_bdlora/kernels/separate.py
-    linear    what LoRA adds to the base product where one method computes both: with it less cuBLAS without. Up to 64 rows that is
-              sgl_bdlora/kernels/fused.py, above the expand written first and the product added to it
+    linear    what LoRA adds to the base product where one method computes both: with it less cuBLAS without. For few rows that is
+              sgl_bdlora/kernels/fused.py, else the expand written first and the product added to it
     csgmv     SGLang's own LoRA kernels (not where sglang is not installed)
     torch     sgl_bdlora/kernels/torch_ops.py
 """
@@ -24,6 +24,7 @@ from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
 from benchmarks.kernels.shapes import MODELS, hosts
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.batch import AdapterSet, Batch
+from sgl_bdlora.kernels.tiles import FEW_ROWS
 from sgl_bdlora.kernels.torch_ops import add_lora
 from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS
 from sgl_bdlora.sharding import HostLayer
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", choices=list(MODELS), default="8b")
     add("--tokens", type=int, nargs="+", default=[1, 8, 32, 256, 4096, 16384])
     add("--adapters", type=int, nargs="+", default=[1, 8])
+    add("--turns", action="store_true", help="rows take turns with the adapters, however many there are")
     add("--bandwidth", type=float, default=4.3, help="TB/s for the floor (default: 4.3, one H200)")
     args = parse(parser, argv)
     rows = Rows(args.output, model=args.model, tp=args.tp, rank=args.rank)
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         k, n = len(host.slices[0].inputs), sum(len(s.outputs) for s in host.slices)
         owners = np.arange(tokens, dtype=np.int32) % count
-        if tokens > FUSED_TOKENS:
+        if tokens > FUSED_TOKENS and not args.turns:
             owners.sort()
         x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
         y = torch.zeros(tokens, n, device="cuda", dtype=torch.bfloat16)
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         batch = Batch(AdapterSet(residents[:count]), torch.from_numpy(owners).long().cuda())
 
         def before(static: bool, count=count, owners=owners):
-            ops.set_batch(residents[:count], owners, static)
+            ops.set_batch(residents[:count], owners, static, many_rows=count * args.rank > FEW_ROWS)
             flush.zero_()
 
         def timed(run: Callable[[], None], static: bool = True, before=before) -> float:

@@ -3,8 +3,9 @@
     python -m benchmarks.kernels.tune [--tp 2] [--tokens 8 32] [--adapters 4] [--only qkv_proj ...] [--quick | --chosen]
 
 Every product stands behind a pause of 6 us and a small kernel, as behind the all-reduce, norm or attention of a model (down_proj: the
-small kernel only). Microseconds a layer, less those of the same graph without products; cuBLAS without LoRA and what tiles.py chooses come
-first, then variants of it, best first.
+small kernel only). Microseconds a layer, less those of the same graph without products; cuBLAS without LoRA and what is served come
+first, then variants of it, best first. Rows of the batch take turns with the adapters; where the separate kernels serve so many rows, there
+are no variants.
 """
 
 import itertools
@@ -31,7 +32,8 @@ def variants(tiles, outputs: int, inputs: int, quick: bool):
     near = [replace(tiles, programs=programs) for programs in (4, 12, 24, 36, 68)]
     near += [replace(tiles, stages=tiles.stages + more) for more in (-1, 1)]
     near += [replace(tiles, descriptor=not tiles.descriptor), replace(tiles, warps=12 - tiles.warps)]
-    near += [replace(tiles, rows=tiles.rows * 2), replace(tiles, shrink_rows=64)]
+    near += [replace(tiles, rows=tiles.rows * 2), *(replace(tiles, shrink_rows=rows) for rows in (32, 64, 128))]
+    near += [replace(tiles, late_stages=stages) for stages in (1, 2, 4, 6, 8)]
     near += [replace(tiles, early=early) for early in (256, 512, 1024) if early <= inputs]
     near += [replace(tiles, shrink_k=k) for k in (64, 128, 256) if inputs // tiles.splits % k == 0]
     wide = []
@@ -90,7 +92,13 @@ def main(argv: list[str] | None = None) -> int:
             around = us(lambda x, w, path: None)
             cublas = us(lambda x, w, path: torch.mm(x, w.T)) - around
             print(f"{kind} {tokens} tokens, {count} adapters: cuBLAS {cublas:.2f} us", flush=True)
-            chosen, found = plan.tiles[key], []
+            row = dict(layer=kind, tokens=tokens, adapters=count, rank=args.rank, cublas_us=cublas)
+            chosen, found = plan.tiles.get(key), []
+            if chosen is None:
+                served = us(lambda x, w, path: ops.linear(x, w, None, path)) - around
+                rows.write(**row, linear_us=served)
+                print(f"  {served:6.2f} separate kernels", flush=True)
+                continue
             for tiles in [chosen] if args.chosen else variants(chosen, plan.outputs, plan.inputs, args.quick):
                 for path in paths:
                     ops.plans[path] = replace(plan, tiles={**plan.tiles, key: tiles})
@@ -101,10 +109,7 @@ def main(argv: list[str] | None = None) -> int:
                 finally:
                     for path in paths:
                         ops.plans[path] = plan
-                rows.write(
-                    layer=kind, tokens=tokens, adapters=count, rank=args.rank, cublas_us=cublas, linear_us=found[-1][0],
-                    **asdict(tiles),
-                )  # fmt: skip
+                rows.write(**row, linear_us=found[-1][0], **asdict(tiles))
             print(f"  {found[0][0]:6.2f} chosen {found[0][1]}", flush=True)
             for time, tiles in sorted(found, key=lambda pair: pair[0])[:6]:
                 print(f"  {time:6.2f} {tiles}", flush=True)

@@ -174,6 +174,63 @@ def _read_b(arena, b_off, span, n):
 
 
 @triton.jit
+def _expand_rest(
+    acc,
+    x,
+    arena,
+    table,
+    h,
+    t,
+    owner_T,
+    s,
+    tag,
+    n,
+    n_rows,
+    T,
+    K,
+    LIMIT: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """acc + h B^T for the rank rows from BR on: all of them as they are found, again from the start as long as any was late.
+
+    So nothing waits inside the loop, and rank rows can be asked for ahead (STAGES).
+    """
+    done = acc
+    late = True
+    patience = _PATIENCE
+    while late & (patience > 0):
+        acc = done
+        missing = 0
+        for first in tl.range(BR, n_rows, BR, num_stages=STAGES):
+            r = first + tl.arange(0, BR)
+            own = _own(owner_T, low(tl.load(table + OWNER_FIELD * LIMIT + r)))
+            place = (t[:, None] * SLICES + s) * LIMIT + r[None, :]
+            # Not from the first-level cache, which would keep words of before.
+            word = tl.load(h + place, mask=own, other=tag, cache_modifier=".cg")
+            other = tl.load(h + place + SPLIT, mask=own, other=tag, cache_modifier=".cg")
+            missing |= _late(word, other, tag).to(tl.int32)
+            b_RN = read_b(arena, table, r, n, LIMIT)
+            h_TR = _value(word) + _value(other) if SPLIT > 0 else _value(word)
+            acc = tl.dot(tl.where(own, h_TR, 0.0).to(b_RN.dtype), b_RN, acc)
+        late = missing > 0
+        patience -= 1
+    if late:
+        acc = done
+        for first in tl.range(BR, n_rows, BR, num_stages=1):
+            r = first + tl.arange(0, BR)
+            own = _own(owner_T, low(tl.load(table + OWNER_FIELD * LIMIT + r)))
+            b_RN = read_b(arena, table, r, n, LIMIT)
+            h_TR = shrink_tile(x, arena, table, t, T, 0, K, K, r, LIMIT, BT, BR, BK)
+            acc = tl.dot(tl.where(own, h_TR, 0.0).to(b_RN.dtype), b_RN, acc)
+    return acc
+
+
+@triton.jit
 def slice_of(n0, end0, end1):
     return (n0 >= end0).to(tl.int32) + (n0 >= end1).to(tl.int32)
 
@@ -243,6 +300,7 @@ def linear_kernel(
     SHRINK_BR: tl.constexpr,
     SHRINK_BK: tl.constexpr,
     LATE_BK: tl.constexpr,
+    LATE_STAGES: tl.constexpr,
     TILES: tl.constexpr,
     BIAS: tl.constexpr,
 ):
@@ -299,15 +357,9 @@ def linear_kernel(
     acc = _expand_tile(
         acc, b_RN, word, other, x, arena, table, h, t, own, place, tag, r, T, K, LIMIT, SPLIT, BT, BR, LATE_BK
     )
-    # Not pipelined: nothing may be read ahead of the tags.
-    for first in tl.range(BR, n_rows, BR, num_stages=1):
-        r = first + tl.arange(0, BR)
-        own = _own(owner_T, low(tl.load(table + OWNER_FIELD * LIMIT + r)))
-        place += BR
-        word = _words(h, place, own, tag)
-        other = _words(h, place + SPLIT, own, tag)
-        b_RN = read_b(arena, table, r, n, LIMIT)
-        acc = _expand_tile(
-            acc, b_RN, word, other, x, arena, table, h, t, own, place, tag, r, T, K, LIMIT, SPLIT, BT, BR, LATE_BK
-        )
+    if n_rows > BR:
+        acc = _expand_rest(
+            acc, x, arena, table, h, t, owner_T, s, tag, n, n_rows,
+            T, K, LIMIT, SLICES, SPLIT, BT, BR, LATE_BK, LATE_STAGES,
+        )  # fmt: skip
     tl.store(y + t[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None])

@@ -1,11 +1,15 @@
 """Tile sizes of the linear kernel (fused.py), for a layer's shape and a number of rows.
 
-Swept on one H200, 2026-11-22, the four layers of Llama-3.1-8B at TP 2, 1 to 64 rows, 4 adapters (benchmarks/kernels/tune.py). What held
+Swept on one H200, 2026-11-22, the four layers of Llama-3.1-8B at TP 2, 1 to 64 rows, 4 adapters (benchmarks/kernels/tune.py); 128 rows and
+batches of 160 to 512 rank rows on the day after, few variants each (docs/performance.md, "Many rank rows and many requests"). What held
 for all of them: the launch should be one wave. A tile takes most of a multiprocessor's shared memory, because the weights' stream needs
 that much in flight, and the programs that compute h run on multiprocessors that have no tile. A launch of a few blocks more than there are
 multiprocessors costs up to twice the time. So tiles are as narrow as leaves room for those programs. What is chosen for other layers and
 sizes follows from that and was not swept, nor were narrow tiles for few rank rows but in o_proj at 32 rows, nor layers that are too wide
 for one wave (8B at TP 1, 70B at TP 2: gate and up).
+
+Many rank rows are bound by how many bytes of A and B are in flight on a multiprocessor, which gets some 36 GB/s and waits 2 us for each
+load while all of them read: so more rank rows at a time, as far as registers and shared memory go.
 """
 
 from collections.abc import Sequence
@@ -23,6 +27,13 @@ SHRINK_ROWS = 16
 MAX_SPLITS = 2
 # Inputs before the end of the product at which a tile asks for h and B.
 EARLY = 512
+# Pipeline stages of the rank rows behind a tile's first.
+LATE_STAGES = 3
+# Rows of the batch (a power of two) and whether it may have more than FEW_ROWS rank rows: what there are tiles for. At 128 rows with many
+# rank rows the separate kernels are as fast or faster.
+KINDS = ((16, False), (16, True), (32, False), (32, True), (64, False), (64, True), (128, False))
+# Rank rows of h at a time by rows of the batch, where there are many.
+_SHRINK_MANY = {16: 32, 32: 64, 64: 32}
 
 
 @dataclass(frozen=True)
@@ -30,8 +41,8 @@ class Tiles:
     """block_n x block_k of W at a time in `stages` pipeline stages by `warps` warps; descriptor: through a tensor descriptor. early: inputs
     that are left when a tile asks for h and B, a multiple of block_k.
 
-    rows: rank rows of h and B at a time. programs: blocks that compute h, shrink_rows rank rows and shrink_k inputs at a time, K in
-    `splits` parts.
+    rows: rank rows of h and B at a time; those behind the first are asked for late_stages - 2 times ahead. programs: blocks that compute h,
+    shrink_rows rank rows and shrink_k inputs at a time, K in `splits` parts.
     """
 
     block_n: int
@@ -41,6 +52,7 @@ class Tiles:
     descriptor: bool
     early: int
     rows: int
+    late_stages: int
     programs: int
     splits: int
     shrink_rows: int
@@ -48,10 +60,7 @@ class Tiles:
 
 
 def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, multiprocessors: int) -> Tiles | None:
-    """For a layer of `inputs` whose slices' outputs end at `ends`, and block_t (16, 32, 64) rows; None if the shapes do not divide.
-
-    many: the batch may have more than FEW_ROWS rank rows.
-    """
+    """For a layer of `inputs` whose slices' outputs end at `ends`, and one of KINDS; None if the shapes do not divide."""
     widths = [n for n in WIDTHS if all(end % n == 0 for end in ends)]
     if not widths:
         return None
@@ -70,16 +79,25 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, multip
         block_k,
         # One more than buffers of 16-bit numbers.
         stages=max(2, min(6, shared // ((block_t + block_n) * block_k * 2) + 1)),
-        warps=8 if block_n >= 128 else 4,
+        warps=8 if block_n >= 128 or block_t == 128 else 4,
         descriptor=block_n == 64 and block_t == 16,
         early=min(EARLY, inputs) // block_k * block_k,
-        # As many as leave registers for h.
-        rows=32 if block_t == 64 else 64,
+        rows=_rows(block_t, block_n, many),
+        late_stages=LATE_STAGES,
         programs=programs,
         splits=splits,
-        shrink_rows=SHRINK_ROWS if programs >= FEWEST else 64,
+        shrink_rows=64 if programs < FEWEST else _SHRINK_MANY[block_t] if many else SHRINK_ROWS,
         shrink_k=shrink_k,
     )
+
+
+def _rows(block_t: int, block_n: int, many: bool) -> int:
+    """As many as leave registers for h."""
+    if block_t == 128:
+        return 16 if block_n >= 128 else 32
+    if block_t == 64:
+        return 32
+    return 128 if block_t == 16 and many else 64
 
 
 def _shrink_parts(inputs: int, most: int) -> tuple[int, int]:

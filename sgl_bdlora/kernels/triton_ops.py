@@ -1,6 +1,6 @@
 """LoRA in linear layers with Triton kernels: the current batch on the device, where CUDA graphs can replay it, and the launches.
 
-    rows <= FUSED_TOKENS        the layer, shrink and expand in one launch (fused.py)
+    few rows                    the layer, shrink and expand in one launch (fused.py; tiles.py: KINDS)
     more rows                   shrink and expand (separate.py), to which the layer is added
     a quantised layer           the layer, to which shrink and expand are added
     combined pieces (S-LoRA)    beside these: shrink, an all-reduce of h over the ranks, and expand
@@ -9,7 +9,6 @@ The all-reduce stands for both of S-LoRA's collectives: where the paper gathers,
 one-shot all-reduce of so few bytes is faster than NCCL's all-gather, and can be captured.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -32,8 +31,8 @@ from sgl_bdlora.kernels.rows import (
     most_rows,
     table_of,
 )
-from sgl_bdlora.kernels.separate import expand_kernel, shrink_kernel
-from sgl_bdlora.kernels.tiles import FEW_ROWS, MAX_SPLITS, SHRINK_ROWS, Tiles, divisor, tiles_for
+from sgl_bdlora.kernels.separate import TILE_FIELDS, expand_kernel, most_tiles, order_of, shrink_kernel, tiles_of
+from sgl_bdlora.kernels.tiles import FEW_ROWS, KINDS, MAX_SPLITS, SHRINK_ROWS, Tiles, divisor, tiles_for
 from sgl_bdlora.kernels.torch_ops import Collectives
 from sgl_bdlora.memory_pool import Resident
 from sgl_bdlora.sharding import AdapterShard, HostLayer
@@ -43,10 +42,15 @@ PADDING = 128
 # Rank rows that a batch may have in one slice of a layer; a multiple of PADDING.
 LIMIT = 2048
 # Up to here the base product is bound by its weights' bytes, and one tile holds all rows of the batch.
-FUSED_TOKENS = 64
-_ROWS = (16, 32, 64)
+FUSED_TOKENS = 128
+# Up to here the tiles of the separate expand are half as wide, so that there are enough of them.
+NARROW_TOKENS = 64
 # Programs that the separate kernels should have at least: two for each multiprocessor of an H100 or H200.
 PROGRAMS = 264
+# And at most for each multiprocessor; more would find nothing to do in most batches.
+PROGRAMS_EACH = 64
+# Of them, those that share the rank rows of one tile at most.
+GROUPS = 8
 # Columns of h, the largest adapter's, that graphs are captured with, in local layers and at least in combined ones.
 COLUMNS = 1024
 COMBINED_COLUMNS = 64
@@ -54,8 +58,7 @@ COMBINED_COLUMNS = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """One layer's shape and tile sizes. ends: where the outputs of its first two slices end. tiles: by rows of the batch (a
-    power of two) and whether it has more than FEW_ROWS rank rows.
+    """One layer's shape and tile sizes. ends: where the outputs of its first two slices end. tiles: of tiles.py's KINDS.
 
     expand_n: outputs of a tile of the separate expand. combines: whether an S-LoRA piece of this layer would be put together over the
     ranks.
@@ -76,8 +79,7 @@ def plan_for(host: HostLayer, multiprocessors: int) -> Plan | None:
     ends = [s.y_start + len(s.outputs) for s in host.slices]
     if len(ends) > SLICES:
         return None
-    kinds = itertools.product(_ROWS, (False, True))
-    tiles = {(rows, many): tiles_for(ends, inputs, rows, many, multiprocessors) for rows, many in kinds}
+    tiles = {kind: tiles_for(ends, inputs, *kind, multiprocessors) for kind in KINDS}
     if None in tiles.values():
         return None
     first_two = (ends[0], ends[min(1, len(ends) - 1)])
@@ -103,6 +105,35 @@ class Table:
         self.places[:, :, : len(adapters) + 1].copy_(
             _staged(torch.from_numpy(places), self.places.device), non_blocking=True
         )
+
+
+class Owners:
+    """Whose the rows of the current batch are, on the device: parts of one tensor, which one copy brings.
+
+    meta (2,): first tag less one, number of local rank rows. rows (tokens,): each one's adapter, -1 for none. n_tiles (2,), order (tokens,)
+    and tiles: what the separate kernels take (separate.py).
+    """
+
+    def __init__(self, tokens: int, adapters: int, device: torch.device):
+        # Every part is aligned alike, whatever the batch: kernels are compiled for an alignment.
+        self._width = _padded(tokens, 4)
+        self._most = most_tiles(tokens, adapters, _tile(0))
+        self._all = torch.zeros(4 + 2 * self._width + TILE_FIELDS * self._most, dtype=torch.int32, device=device)
+        self.meta, self.n_tiles = self._all[:2], self._all[2:4]
+        self.rows, self.order, self.tiles = self._all[4:].split([self._width, self._width, self._most * TILE_FIELDS])
+        self._last: np.ndarray | None = None
+        self._host = np.empty(0, dtype=np.int32)
+
+    def fill(self, first_tag: int, local_rows: int, owners: np.ndarray) -> None:
+        if self._last is None or not np.array_equal(owners, self._last):
+            tiles = tiles_of(owners, _tile(len(owners)))
+            rows = np.pad(owners, (0, self._width - len(owners)), constant_values=-1)
+            head = np.array([0, 0, len(tiles), np.count_nonzero(owners >= 0)], dtype=np.int32)
+            self._host = np.concatenate([head, rows, order_of(owners, self._width), tiles.ravel()])
+            self._last = owners
+        self._host[:2] = first_tag, local_rows
+        staged = _staged(torch.from_numpy(self._host), self._all.device)
+        self._all[: len(staged)].copy_(staged, non_blocking=True)
 
 
 class TritonOps:
@@ -133,9 +164,11 @@ class TritonOps:
         if collectives is not None:
             self._shrinks = Table(len(self.index), max_adapters, device)
             self._expands = Table(len(self.index), max_adapters, device)
-        # First tag less one, number of local rank rows, owner of every row.
-        self._static_meta = torch.zeros(2 + self.max_tokens, dtype=torch.int32, device=device)
-        self._meta = self._static_meta
+        self._static_owners = self._owners = Owners(self.max_tokens, max_adapters, device)
+        self._fewest_programs, self._most_programs = PROGRAMS, PROGRAMS_EACH * _multiprocessors(device)
+        if device.type != "cuda":
+            # The interpreter runs program after program.
+            self._fewest_programs = self._most_programs = 16
         self._words = torch.zeros(FUSED_TOKENS * MAX_SPLITS * SLICES * LIMIT, dtype=torch.int32, device=device)
         self._static_h: torch.Tensor | None = None
         self._static_combined: torch.Tensor | None = None
@@ -206,11 +239,9 @@ class TritonOps:
         return self._local.used > FEW_ROWS
 
     def minds_many_rows(self, tokens: int) -> bool:
-        """Whether tiles for batches of so many rows depend on `many_rows`."""
-        if tokens > FUSED_TOKENS:
-            return False
-        rows = _block_t(tokens)
-        return any(plan.tiles[rows, False] != plan.tiles[rows, True] for plan in self.plans.values() if plan)
+        """Whether kernels for batches of so many rows depend on `many_rows`."""
+        plans = [plan for plan in self.plans.values() if plan]
+        return any(_tiles(plan, tokens, False) != _tiles(plan, tokens, True) for plan in plans)
 
     @property
     def replayable(self) -> bool:
@@ -234,7 +265,6 @@ class TritonOps:
         model. static: launch as a graph has to, whatever the batch. combining: the graph being captured takes combined pieces too.
         many_rows: it is for batches of more than FEW_ROWS rank rows too.
         """
-        device = self._arena.device
         adapters = tuple(adapters)
         self._static = static
         if adapters != self._last_adapters:
@@ -257,22 +287,17 @@ class TritonOps:
         self._last_adapters, self._last_owners = adapters, owners
         # Distinct tags for all launches of this step and the last.
         self._first_tag = (self._first_tag + len(self.index)) % TAGS
-        meta = np.full(2 + max(len(owners), self.max_tokens), -1, dtype=np.int32)
-        meta[:2] = self._first_tag, self._local.used
-        meta[2 : 2 + len(owners)] = owners
-        staged = _staged(torch.from_numpy(meta), device)
-        if len(owners) <= self.max_tokens:
-            self._static_meta.copy_(staged, non_blocking=True)
-            self._meta = self._static_meta
-        else:
-            self._meta = staged.to(device, non_blocking=True)
+        self._owners = self._static_owners
+        if len(owners) > self.max_tokens:
+            self._owners = Owners(len(owners), self._max_adapters, self._arena.device)
+        self._owners.fill(self._first_tag, self._local.used, owners)
 
     def fuses(self, path: str, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> bool:
         """Whether `linear` can compute the layer."""
         plan = self.plans[path]
         return (
             plan is not None
-            and (self._has_local or (len(x_TK) > FUSED_TOKENS and self._has_combined(plan)))
+            and (self._has_local or (_tiles(plan, len(x_TK), self._many_rows) is None and self._has_combined(plan)))
             and weight_NK.shape == (plan.outputs, plan.inputs)
             and weight_NK.dtype == x_TK.dtype
             and weight_NK.is_contiguous()
@@ -290,8 +315,9 @@ class TritonOps:
         plan, layer = self.plans[path], self.index.number[path]
         x_TK = x_TK.contiguous()
         y_TN = x_TK.new_empty(len(x_TK), plan.outputs)
-        if len(x_TK) <= FUSED_TOKENS:
-            self._fused(y_TN, x_TK, w_NK, bias_N, plan, layer)
+        tiles = _tiles(plan, len(x_TK), self._many_rows)
+        if tiles is not None:
+            self._fused(y_TN, x_TK, w_NK, bias_N, plan, tiles, layer)
             if self._has_combined(plan):
                 self._expand_combined(y_TN, x_TK, plan, layer)
             return y_TN
@@ -308,12 +334,11 @@ class TritonOps:
         w_NK: torch.Tensor,
         bias_N: torch.Tensor | None,
         plan: Plan,
+        tiles: Tiles,
         layer: int,
     ) -> None:
         """The same into y, without pieces that are put together over the ranks."""
         tokens = len(x_TK)
-        block_t = _block_t(tokens)
-        tiles = plan.tiles[block_t, self._many_rows]
         w_tiles = w_NK
         if tiles.descriptor:
             w_tiles = TensorDescriptor(w_NK, w_NK.shape, w_NK.stride(), [tiles.block_n, tiles.block_k])
@@ -325,8 +350,8 @@ class TritonOps:
             y_TN,
             self._arena,
             self._local.rows[layer],
-            self._meta,
-            self._meta[2:],
+            self._owners.meta,
+            self._owners.rows,
             self._words,
             layer,
             tokens,
@@ -337,7 +362,7 @@ class TritonOps:
             SLICES=plan.slices,
             SPLITS=tiles.splits,
             PROGRAMS=tiles.programs,
-            BT=block_t,
+            BT=_block_t(tokens),
             BN=tiles.block_n,
             BK=tiles.block_k,
             STAGES=tiles.stages,
@@ -346,6 +371,7 @@ class TritonOps:
             SHRINK_BR=tiles.shrink_rows,
             SHRINK_BK=tiles.shrink_k,
             LATE_BK=min(tiles.shrink_k, 64),
+            LATE_STAGES=tiles.late_stages,
             TILES=tiles.descriptor,
             BIAS=bias_N is not None,
             num_warps=tiles.warps,
@@ -398,27 +424,32 @@ class TritonOps:
 
     def _shrink(self, h: torch.Tensor, x_TK: torch.Tensor, table: Table, plan: Plan, layer: int) -> None:
         splits, tokens, columns = h.shape
-        tiles = triton.cdiv(tokens, _tile(tokens))
+        tile = _tile(tokens)
         # Ranks of 16 in all slices at once.
         rows = SHRINK_ROWS * triton.next_power_of_2(plan.slices)
-        shrink_kernel[(splits * tiles, min(self._max_adapters, max(1, PROGRAMS // (splits * tiles))))](
+        groups = self._fewest_programs // (splits * triton.cdiv(tokens, tile))
+        groups = max(1, min(GROUPS, groups, triton.cdiv(columns, rows)))
+        shrink_kernel[(self._programs(tokens, splits * groups),)](
             x_TK,
             self._arena,
             table.rows[layer],
             table.places[layer],
-            self._meta[2:],
+            self._owners.n_tiles,
+            self._owners.order,
+            self._owners.tiles,
             h,
             tokens,
             plan.inputs,
             columns,
             table.places.shape[2],
+            groups,
             LIMIT=LIMIT,
             SLICES=plan.slices,
             SPLITS=splits,
-            BT=_tile(tokens),
+            BT=tile,
             BR=rows,
             # Four such loads of x and A fit beside another program's.
-            BK=divisor(min(256, 2 ** (16384 // (_tile(tokens) + rows)).bit_length() // 2), plan.inputs // splits),
+            BK=divisor(min(256, 2 ** (16384 // (tile + rows)).bit_length() // 2), plan.inputs // splits),
             num_warps=4,
             num_stages=4,
         )
@@ -434,14 +465,16 @@ class TritonOps:
         add: bool = True,
     ) -> None:
         splits, tokens, columns = h.shape
-        block_n = plan.expand_n if tokens > FUSED_TOKENS else min(plan.expand_n, 64)
-        expand_kernel[(plan.outputs // block_n, triton.cdiv(tokens, _tile(tokens)))](
+        block_n = plan.expand_n if tokens > NARROW_TOKENS else min(plan.expand_n, 64)
+        expand_kernel[(self._programs(tokens, plan.outputs // block_n),)](
             y_TN,
             y_TN if bias_N is None else bias_N,
             self._arena,
             table.rows[layer],
             table.places[layer],
-            self._meta[2:],
+            self._owners.n_tiles,
+            self._owners.order,
+            self._owners.tiles,
             h,
             tokens,
             plan.outputs,
@@ -452,11 +485,16 @@ class TritonOps:
             SPLITS=splits,
             BT=_tile(tokens),
             BN=block_n,
-            BR=16,
+            BR=32 if _tile(tokens) == 16 else 16,
             ADD=add,
             BIAS=bias_N is not None,
             num_warps=4,
         )
+
+    def _programs(self, tokens: int, each: int) -> int:
+        """Of a separate kernel that has so many things to do for a tile."""
+        # One more than an adapter's: the base model's.
+        return min(self._most_programs, each * (most_tiles(tokens, self._max_adapters, _tile(tokens)) + 1))
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -466,12 +504,17 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _block_t(tokens: int) -> int:
     """Rows of a tile that holds the whole batch."""
-    return max(_ROWS[0], triton.next_power_of_2(tokens))
+    return max(KINDS[0][0], triton.next_power_of_2(tokens))
+
+
+def _tiles(plan: Plan, tokens: int, many_rows: bool) -> Tiles | None:
+    """Those of the linear kernel; None where the separate kernels compute so many rows."""
+    return plan.tiles.get((_block_t(tokens), many_rows))
 
 
 def _tile(tokens: int) -> int:
-    """Rows of the batch that a program of the separate kernels takes."""
-    return max(16, min(64, triton.next_power_of_2(tokens)))
+    """Rows of the batch that a program of the separate kernels takes: few in a decode step, whose rows are of many adapters."""
+    return max(16, min(64, triton.next_power_of_2(tokens) // 8))
 
 
 def _splits(plan: Plan, tokens: int) -> int:

@@ -14,8 +14,9 @@ TP, K, N = 2, 256, (64, 32)
 RANKS = {"a": 6, "b": 20, "c": 3, "local": 5, "wide": 40}
 OWNERS = {
     "few rows": ["a", None, "b", "local", "a", "c", "b", "local"],
-    "many rows": ["a"] * 40 + [None] * 3 + ["local"] * 30 + ["c", "b"],
-    "many rows, none local": ["b"] * 50 + [None] * 3 + ["a"] * 30,
+    "hundred rows": ["a", None, "b", "local", "c"] * 20,
+    "many rows": ["a"] * 70 + [None] * 3 + ["local"] * 60 + ["c", "b"],
+    "many rows, none local": ["b"] * 90 + [None] * 3 + ["a"] * 45,
 }
 SERVED = ("a", "b", "c", "local")
 COLUMN, ROW = "layers.0.gate_up_proj", "layers.0.down_proj"
@@ -101,6 +102,7 @@ WAYS = {
 
 CASES = [
     *(("few rows", way) for way in ("eager", "graph", "added in a graph")),
+    ("hundred rows", "eager"),
     *(("many rows", way) for way in ("eager", "prefill graph", "added")),
     *(("many rows, none local", way) for way in ("eager", "prefill graph")),
 ]
@@ -134,7 +136,7 @@ def engine(device, rank: int, ranks: Ranks, way: Way, max_rank: int = 0) -> Engi
     ops = TritonOps(pool.arena, hosts(rank), 4, ranks)
     for name in SERVED:
         ops.rows(pool.get(name).shard)
-    return Engine(ops.reserve(128, True, max_rank, way.shared), pool)
+    return Engine(ops.reserve(160, True, max_rank, way.shared), pool)
 
 
 def run(

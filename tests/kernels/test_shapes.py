@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from benchmarks.kernels.shapes import MODELS, hosts, shard
+from sgl_bdlora.kernels.tiles import FEW_ROWS
 from sgl_bdlora.kernels.triton_ops import TritonOps
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard, HostLayer
@@ -19,6 +20,9 @@ OWNERS = {
     "identical": ["eight"] * 8,
     "uniform": ["eight", None, "large", "four blocks"] * 8,
     "skewed": ["sixteen"] * 60 + ["large", None, "eight"],
+    "hundred rows": ["eight", None, "four blocks", "sixteen"] * 25,
+    "hundred rows of many ranks": ["large", None, "four blocks", "sixteen"] * 25,
+    "taking turns": ["eight", None, "large", "four blocks", "sixteen"] * 40,
     "prefill": ["eight"] * 130 + [None] * 7 + ["large"] * 100 + ["four blocks"] * 65,
 }
 
@@ -32,15 +36,16 @@ def test_real_shapes(device, model, tp, dtype):
     pool = MemoryPool(sum(s.nbytes for s in shards.values()), dtype, device, len(shards))
     pool.ensure(shards)
     ops = TritonOps(pool.arena, layers, len(shards), None).reserve(512, combines=False)
-    adapters = [pool.get(name) for name in ADAPTERS]
     torch.manual_seed(0)
     for host in layers:
         k, n = len(host.slices[0].inputs), sum(len(s.outputs) for s in host.slices)
         weight = (torch.randn(n, k, device=device) * 0.02).to(dtype)
         for popularity, names in OWNERS.items():
             x = torch.randn(len(names), k, device=device).to(dtype)
-            owners = np.array([-1 if o is None else list(ADAPTERS).index(o) for o in names], dtype=np.int32)
-            ops.set_batch(adapters, owners, static=True)
+            here = [name for name in ADAPTERS if name in names]
+            owners = np.array([-1 if o is None else here.index(o) for o in names], dtype=np.int32)
+            many_rows = sum(ADAPTERS[name][0] for name in here) > FEW_ROWS
+            ops.set_batch([pool.get(name) for name in here], owners, static=True, many_rows=many_rows)
             update = dense_update(shards, host, x, names)
             base = x.float() @ weight.float().T
             if ops.fuses(host.path, x, weight):

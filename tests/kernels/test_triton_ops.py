@@ -63,6 +63,8 @@ POPULARITY = {
     "skewed": ["large"] * 9 + ["small", None, "blocks_a"],
     "one row": ["q and v"],
     "many rows": ["plain", "blocks_a", None, "second layer", "small"] * 20,
+    "many rows and rank rows": ["plain", "large", None, "small"] * 20,
+    "more rows": ["plain", "blocks_a", None, "large"] * 35,
 }
 # In the linear kernel h keeps 12 bits of significand in each part of K.
 ERROR = 2**-11
@@ -77,7 +79,7 @@ def engine(device):
         for name, s in SHARDS.items()
     }
     pool.ensure(shards)
-    return pool, TritonOps(pool.arena, HOSTS, 16, None).reserve(128, combines=False)
+    return pool, TritonOps(pool.arena, HOSTS, 16, None).reserve(160, combines=False)
 
 
 def case(engine, device, popularity: str, seed: int, static: bool = False):
@@ -138,12 +140,12 @@ FUSED = [name for name, who in POPULARITY.items() if len(who) <= FUSED_TOKENS]
     [
         *((name, False, True) for name in FUSED),
         ("distinct", True, True),
-        ("many rows", False, False),
-        ("many rows", True, False),
+        *((name, bias, False) for name in ("many rows", "more rows") for bias in (False, True)),
+        ("many rows and rank rows", True, False),
     ],
 )
 def test_linear(engine, device, popularity, bias, static):
-    """Few rows in one launch, many added to what the expand wrote."""
+    """Few rows, and up to 128 where there are few rank rows, in one launch; others added to what the expand wrote."""
     ops, batch, x = case(engine, device, popularity, 3, static)
     generator = torch.Generator().manual_seed(4)
     weight = (torch.randn(sum(N), K, generator=generator) * 0.1).to(x)
