@@ -19,8 +19,12 @@ from dataclasses import dataclass
 FEWEST, MOST = 12, 36
 # Rank rows that four blocks compute in one round: two parts of K, 64 rows each.
 FEW_ROWS = 128
-# Shared memory that the loops of one block may use, bytes; two thirds where several blocks come to a multiprocessor.
+# Shared memory that the product of one block may use, bytes; two thirds where several blocks come to a multiprocessor.
 SHARED = 147_000
+# Of a block's shared memory, what its loops leave to the rest.
+_REST = 16_000
+# Buffers of h's loads: as many as pipeline stages where rows are 64 and more, and one fewer else.
+SHRINK_STAGES = 4
 WIDTHS = (16, 32, 64, 128)
 SHRINK_ROWS = 16
 # Parts of K that h is computed in.
@@ -34,6 +38,19 @@ LATE_STAGES = 3
 KINDS = ((16, False), (16, True), (32, False), (32, True), (64, False), (64, True), (128, False))
 # Rank rows of h at a time by rows of the batch, where there are many.
 _SHRINK_MANY = {16: 32, 32: 64, 64: 32}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What tile sizes depend on. shared: bytes of shared memory that one block may have."""
+
+    multiprocessors: int
+    shared: int
+
+    @property
+    def loops(self) -> int:
+        """Bytes of it that one loop's buffers may fill."""
+        return self.shared - _REST
 
 
 @dataclass(frozen=True)
@@ -59,21 +76,28 @@ class Tiles:
     shrink_k: int
 
 
-def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, multiprocessors: int) -> Tiles | None:
+def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device: Device) -> Tiles | None:
     """For a layer of `inputs` whose slices' outputs end at `ends`, and one of KINDS; None if the shapes do not divide."""
     widths = [n for n in WIDTHS if all(end % n == 0 for end in ends)]
     if not widths:
         return None
     # From 32 rows on x comes to as many bytes as W, so it pays to spread both over more blocks; few rank rows leave it to four.
-    fewest = 4 if block_t > 16 and not many else FEWEST
+    fewest, multiprocessors = 4 if block_t > 16 and not many else FEWEST, device.multiprocessors
     block_n = next((n for n in widths if ends[-1] // n + fewest <= multiprocessors), widths[-1])
     blocks = ends[-1] // block_n
     block_k = divisor(256 if block_n <= 64 and block_t == 16 else 128, inputs)
-    splits, shrink_k = _shrink_parts(inputs, 256 if block_t == 16 else 128)
+    programs = min(MOST, max(fewest, multiprocessors - blocks))
+    shrink_rows = 64 if programs < FEWEST else _SHRINK_MANY[block_t] if many else SHRINK_ROWS
+    most = device.loops // (SHRINK_STAGES * 2 * (block_t + shrink_rows))
+    splits, shrink_k = _shrink_parts(inputs, min(256 if block_t == 16 else 128, power_of_two(most)))
     if min(block_k, shrink_k) < 16:
         return None
-    shared = SHARED if blocks + fewest <= multiprocessors else SHARED * 2 // 3
-    programs = min(MOST, max(fewest, multiprocessors - blocks))
+    shared = min(SHARED, device.loops)
+    if blocks + fewest > multiprocessors:
+        shared = shared * 2 // 3
+    rows = _rows(block_t, block_n, many)
+    while rows > 16 and (LATE_STAGES - 1) * rows * (2 * block_n + 8 * block_t) > device.loops:
+        rows //= 2
     return Tiles(
         block_n,
         block_k,
@@ -82,11 +106,11 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, multip
         warps=8 if block_n >= 128 or block_t == 128 else 4,
         descriptor=block_n == 64 and block_t == 16,
         early=min(EARLY, inputs) // block_k * block_k,
-        rows=_rows(block_t, block_n, many),
+        rows=rows,
         late_stages=LATE_STAGES,
         programs=programs,
         splits=splits,
-        shrink_rows=64 if programs < FEWEST else _SHRINK_MANY[block_t] if many else SHRINK_ROWS,
+        shrink_rows=shrink_rows,
         shrink_k=shrink_k,
     )
 
@@ -105,6 +129,11 @@ def _shrink_parts(inputs: int, most: int) -> tuple[int, int]:
     blocks = {n: divisor(most, inputs // n) for n in range(1, MAX_SPLITS + 1) if inputs % n == 0}
     splits = min(blocks, key=lambda n: (inputs // n // blocks[n], -n))
     return splits, blocks[splits]
+
+
+def power_of_two(most: int) -> int:
+    """The largest that is not above `most`."""
+    return 1 << most.bit_length() - 1
 
 
 def divisor(block: int, *sizes: int) -> int:

@@ -32,7 +32,18 @@ from sgl_bdlora.kernels.rows import (
     table_of,
 )
 from sgl_bdlora.kernels.separate import TILE_FIELDS, expand_kernel, most_tiles, order_of, shrink_kernel, tiles_of
-from sgl_bdlora.kernels.tiles import FEW_ROWS, KINDS, MAX_SPLITS, SHRINK_ROWS, Tiles, divisor, tiles_for
+from sgl_bdlora.kernels.tiles import (
+    FEW_ROWS,
+    KINDS,
+    MAX_SPLITS,
+    SHRINK_ROWS,
+    SHRINK_STAGES,
+    Device,
+    Tiles,
+    divisor,
+    power_of_two,
+    tiles_for,
+)
 from sgl_bdlora.kernels.torch_ops import Collectives
 from sgl_bdlora.memory_pool import Resident
 from sgl_bdlora.sharding import AdapterShard, HostLayer
@@ -73,13 +84,13 @@ class Plan:
     combines: bool
 
 
-def plan_for(host: HostLayer, multiprocessors: int) -> Plan | None:
+def plan_for(host: HostLayer, device: Device) -> Plan | None:
     """Tile sizes for a layer, None if its shapes do not divide into tiles."""
     inputs = len(host.slices[0].inputs)
     ends = [s.y_start + len(s.outputs) for s in host.slices]
     if len(ends) > SLICES:
         return None
-    tiles = {kind: tiles_for(ends, inputs, *kind, multiprocessors) for kind in KINDS}
+    tiles = {kind: tiles_for(ends, inputs, *kind, device) for kind in KINDS}
     if None in tiles.values():
         return None
     first_two = (ends[0], ends[min(1, len(ends) - 1)])
@@ -153,7 +164,8 @@ class TritonOps:
         collectives: Collectives | None,
         max_tokens: int = FUSED_TOKENS,
     ):
-        self.plans = {host.path: plan_for(host, _multiprocessors(arena.device)) for host in hosts}
+        self._device = _device(arena.device)
+        self.plans = {host.path: plan_for(host, self._device) for host in hosts}
         self.index = LayerIndex([host for host in hosts if self.plans[host.path]])
         self.max_tokens = max(max_tokens, FUSED_TOKENS)
         self._hosts, self._max_adapters, self._collectives = hosts, max_adapters, collectives
@@ -165,7 +177,7 @@ class TritonOps:
             self._shrinks = Table(len(self.index), max_adapters, device)
             self._expands = Table(len(self.index), max_adapters, device)
         self._static_owners = self._owners = Owners(self.max_tokens, max_adapters, device)
-        self._fewest_programs, self._most_programs = PROGRAMS, PROGRAMS_EACH * _multiprocessors(device)
+        self._fewest_programs, self._most_programs = PROGRAMS, PROGRAMS_EACH * self._device.multiprocessors
         if device.type != "cuda":
             # The interpreter runs program after program.
             self._fewest_programs = self._most_programs = 16
@@ -429,6 +441,7 @@ class TritonOps:
         rows = SHRINK_ROWS * triton.next_power_of_2(plan.slices)
         groups = self._fewest_programs // (splits * triton.cdiv(tokens, tile))
         groups = max(1, min(GROUPS, groups, triton.cdiv(columns, rows)))
+        numbers = min(16384, self._device.loops // (SHRINK_STAGES * 2))
         shrink_kernel[(self._programs(tokens, splits * groups),)](
             x_TK,
             self._arena,
@@ -448,10 +461,10 @@ class TritonOps:
             SPLITS=splits,
             BT=tile,
             BR=rows,
-            # Four such loads of x and A fit beside another program's.
-            BK=divisor(min(256, 2 ** (16384 // (tile + rows)).bit_length() // 2), plan.inputs // splits),
+            # So that two programs fit where there is room for 16,384 numbers in each stage.
+            BK=divisor(min(256, power_of_two(numbers // (tile + rows))), plan.inputs // splits),
             num_warps=4,
-            num_stages=4,
+            num_stages=SHRINK_STAGES,
         )
 
     def _expand(
@@ -497,9 +510,12 @@ class TritonOps:
         return min(self._most_programs, each * (most_tiles(tokens, self._max_adapters, _tile(tokens)) + 1))
 
 
-def _multiprocessors(device: torch.device) -> int:
-    """As many as the shapes of tests need where there is no GPU: the interpreter runs block after block."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 20
+def _device(device: torch.device) -> Device:
+    if device.type != "cuda":
+        # As many multiprocessors as the shapes of tests need: the interpreter runs block after block.
+        return Device(20, 232_448)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 def _block_t(tokens: int) -> int:

@@ -7,7 +7,9 @@ import pytest
 from sgl_bdlora import config, cpu, graphs
 
 pytest.importorskip("triton")
-from sgl_bdlora.kernels.tiles import FEW_ROWS, tiles_for
+from sgl_bdlora.kernels.tiles import FEW_ROWS, Device, tiles_for
+
+H200 = Device(132, 232_448)
 
 
 class BackEnd:
@@ -139,7 +141,7 @@ def test_prompts_with_adapters_run_without_graphs_that_are_not_segmented(segment
 @pytest.mark.parametrize("block_t", [32, 64])
 def test_few_rank_rows_leave_the_multiprocessors_to_narrow_tiles(block_t):
     """o_proj of Llama-3.1-8B at TP 2 on an H200: one wave in both cases."""
-    few, many = (tiles_for([4096], 2048, block_t, kind, 132) for kind in (False, True))
+    few, many = (tiles_for([4096], 2048, block_t, kind, H200) for kind in (False, True))
     assert (few.block_n, few.programs) == (32, 4)
     assert few.programs * few.shrink_rows // few.splits == FEW_ROWS
     assert (many.block_n, many.programs) == (64, 36)

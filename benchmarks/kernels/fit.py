@@ -1,0 +1,171 @@
+"""Whether the Triton kernels fit a GPU that need not be there: compiled for it, with the tile sizes that it would get.
+
+    python -m benchmarks.kernels.fit [--gpus a100 l40s h200 rtx5090 b200] [--models 8b 70b] [--tp 1 2 8]
+
+For every GPU: how many variants there are, the most shared memory that one takes of what a block may have, and how many keep registers
+in memory (spills). Exit status 1 where one takes too much: Triton would refuse to launch it. A minute or two a GPU; no GPU needed.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from benchmarks.kernels.shapes import MODELS, hosts
+from sgl_bdlora.kernels import triton_ops
+from sgl_bdlora.kernels.tiles import Device
+
+# Name -> compute capability, and what tiles depend on (NVIDIA's data sheets; CUDA's programming guide, "Compute Capabilities").
+GPUS = {
+    "a100": (80, Device(108, 166_912)),
+    "l40s": (89, Device(142, 101_376)),
+    "h200": (90, Device(132, 232_448)),
+    "b200": (100, Device(148, 232_448)),
+    "rtx5090": (120, Device(170, 101_376)),
+}
+KERNELS = ("linear_kernel", "shrink_kernel", "expand_kernel")
+ROWS = (16, 32, 64, 128, 256, 4096)
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+class Launches:
+    """Stands in for a kernel and keeps what it is launched with; each set of constants, types and options once."""
+
+    def __init__(self, kernel: triton.JITFunction, found: dict):
+        self._kernel, self._found = kernel, found
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return self._keep
+
+    def _keep(self, *args, num_warps: int, num_stages: int = 3, **constants) -> None:
+        named = dict(zip(self._kernel.arg_names, args, strict=False))
+        for parameter in self._kernel.params:
+            if parameter.is_constexpr and parameter.name in named:
+                constants[parameter.name] = named.pop(parameter.name)
+        types = {name: _type(value) for name, value in named.items()}
+        aligned = tuple(name for name, value in named.items() if _aligned(value))
+        key = (
+            self._kernel,
+            *(tuple(sorted(part.items())) for part in (constants, types)),
+            aligned,
+            num_warps,
+            num_stages,
+        )
+        self._found[key] = (self._kernel, constants, types, aligned, num_warps, num_stages)
+
+
+def _type(value) -> str:
+    if isinstance(value, int):
+        return "i32"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<bf16[{', '.join(map(str, value.block_shape))}]>"
+    return TYPES[value.dtype]
+
+
+def _aligned(value) -> bool:
+    return value % 16 == 0 if isinstance(value, int) else isinstance(value, torch.Tensor) and value.data_ptr() % 16 == 0
+
+
+@contextmanager
+def _recorded(device: Device) -> Iterator[dict]:
+    """Inside, kernels are not launched but kept, with tiles for `device`."""
+    found: dict = {}
+    patches = [mock.patch.object(triton_ops, name, Launches(getattr(triton_ops, name), found)) for name in KERNELS]
+    patches.append(mock.patch.object(triton_ops, "_device", return_value=device))
+    for patch in patches:
+        patch.start()
+    try:
+        yield found
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def variants(device: Device, models: list[str], sizes: list[int]) -> list[tuple]:
+    """What the linear layers of these models launch at these tensor-parallel sizes, from 16 rows to a prompt of 4,096."""
+    with _recorded(device) as found:
+        for model, tp in itertools.product(models, sizes):
+            layers = hosts(model, tp, 1)
+            arena = torch.zeros(64, dtype=torch.bfloat16)
+            ops = triton_ops.TritonOps(arena, layers, 8, None).reserve(max(ROWS), combines=False)
+            for rows, many in itertools.product(ROWS, (False, True)):
+                ops.set_batch([], np.full(rows, -1, dtype=np.int32), static=True, many_rows=many)
+                for host in layers:
+                    plan = ops.plans[host.path]
+                    x = torch.empty(rows, plan.inputs, dtype=torch.bfloat16)
+                    w = torch.empty(plan.outputs, plan.inputs, dtype=torch.bfloat16)
+                    with mock.patch.object(torch.Tensor, "addmm_", lambda y, *_: y):
+                        ops.linear(x, w, None, host.path)
+                    ops.add_lora(x.new_empty(rows, plan.outputs), x, host.path)
+    return list(found.values())
+
+
+def compiled(variant: tuple, capability: int) -> tuple[int, int, int]:
+    """Bytes of shared memory, registers of a thread, and bytes of them that are kept in memory."""
+    kernel, constants, types, aligned, num_warps, num_stages = variant
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
+    target = GPUTarget("cuda", capability, 32)
+    made = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(made.asm["ptx"])
+        file.flush()
+        tool = Path(triton.__file__).parent / f"backends/nvidia/bin/ptxas{'-blackwell' if capability >= 100 else ''}"
+        words = [tool, "-v", f"-arch=sm_{capability}{'a' if capability >= 90 else ''}", file.name, "-o", os.devnull]
+        told = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    registers, spilled = (
+        int(re.search(text, told)[1]) for text in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+    )
+    return made.metadata.shared, registers, spilled
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.fit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--gpus", nargs="+", choices=list(GPUS), default=list(GPUS))
+    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="their layers (default: both)")
+    add("--tp", nargs="+", type=int, default=[1, 2, 8])
+    args = parser.parse_args(argv)
+    too_large = 0
+    for name in args.gpus:
+        capability, device = GPUS[name]
+        found = variants(device, args.models, args.tp)
+        most, spilling = 0, 0
+        for variant in tqdm(found, desc=name, unit="kernel", leave=False):
+            shared, registers, spilled = compiled(variant, capability)
+            most, spilling = max(most, shared), spilling + (spilled > 0)
+            if shared > device.shared:
+                too_large += 1
+                print(
+                    f"{name}: {shared} bytes of shared memory, {registers} registers: {variant[0].__name__} {variant[1]}"
+                )
+        print(
+            f"{name}: {len(found)} kernels, at most {most} of {device.shared} bytes of shared memory; {spilling} spill",
+            flush=True,
+        )
+    return 1 if too_large else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""The Triton kernels compile for GPUs with less shared memory than a Hopper has, and take no more of it than there is."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["a100", "l40s", "rtx5090"])
+def test_kernels_fit(gpu):
+    """In a process of its own: other tests have chosen Triton's interpreter in this one."""
+    words = [sys.executable, "-m", "benchmarks.kernels.fit", "--gpus", gpu, "--models", "8b", "--tp", "2"]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
+    assert f"{gpu}: " in ended.stdout
