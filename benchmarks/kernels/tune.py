@@ -1,16 +1,21 @@
 """Tile sizes of the linear kernel (sgl_bdlora/kernels/tiles.py), swept: one kind of layer at a time, 32 of them in a CUDA graph.
 
-    python -m benchmarks.kernels.tune [--tp 2] [--tokens 8 32] [--adapters 4] [--only qkv_proj ...] [--quick | --chosen]
+    python -m benchmarks.kernels.tune [--tp 2] [--tokens 8 32] [--adapters 4] [--rank 12] [--only qkv_proj ...] [--quick | --chosen]
+    for layer in qkv_proj o_proj gate_up_proj down_proj; do python -m benchmarks.kernels.tune --only $layer --turns /tmp/turns & done; wait
 
 Every product stands behind a pause of 6 us and a small kernel, as behind the all-reduce, norm or attention of a model (down_proj: the
 small kernel only). Microseconds a layer, less those of the same graph without products; cuBLAS without LoRA and what is served come
 first, then variants of it, best first. Rows of the batch take turns with the adapters; where the separate kernels serve so many rows, there
-are no variants.
+are no variants. Most of a sweep is compiling: processes that are given the same --turns compile side by side and time one after another.
 """
 
+import fcntl
 import itertools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,6 +55,17 @@ def variants(tiles, outputs: int, inputs: int, quick: bool):
     yield from (t for t in near + wide if t != tiles)
 
 
+@contextmanager
+def alone(turns: Path | None) -> Iterator[None]:
+    """Inside, no other process is inside with the same file."""
+    if turns is None:
+        yield
+        return
+    with turns.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = parser_for("tune", __doc__, rank=12, repeats=12)
     add = parser.add_argument
@@ -58,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--only", nargs="+", metavar="LAYER", help="these kinds of layers (default: all four)")
     add("--quick", action="store_true", help="fewer variants")
     add("--chosen", action="store_true", help="none: only what tiles.py chooses")
+    add("--turns", type=Path, metavar="FILE", help="time only while no other process with the same file does")
     args = parse(parser, argv)
     rows = Rows(args.output, tp=args.tp)
     layers = hosts("8b", args.tp, LAYERS)
@@ -67,7 +84,10 @@ def main(argv: list[str] | None = None) -> int:
             continue
         paths = [host.path for host in layers if host.path.endswith(kind)]
         plan = ops.plans[paths[0]]
-        weights = [torch.randn(plan.outputs, plan.inputs, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in paths]
+        with alone(args.turns):
+            weights = [
+                torch.randn(plan.outputs, plan.inputs, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in paths
+            ]
         pause = 0 if kind == "down_proj" else PAUSE
         for tokens in args.tokens:
             x = torch.randn(tokens, plan.inputs, device="cuda", dtype=torch.bfloat16)
@@ -83,11 +103,14 @@ def main(argv: list[str] | None = None) -> int:
                         x.neg_()
                         product(x, w, path)
 
-                return (
-                    graph_ms(run, lambda: ops.set_batch(*batch, static=True, many_rows=key[1]), args.repeats)
-                    * 1e3
-                    / len(paths)
-                )
+                def before():
+                    ops.set_batch(*batch, static=True, many_rows=key[1])
+
+                before()
+                product(x, weights[0], paths[0])
+                torch.cuda.synchronize()
+                with alone(args.turns):
+                    return graph_ms(run, before, args.repeats) * 1e3 / len(paths)
 
             around = us(lambda x, w, path: None)
             cublas = us(lambda x, w, path: torch.mm(x, w.T)) - around

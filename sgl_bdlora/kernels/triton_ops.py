@@ -59,7 +59,7 @@ NARROW_TOKENS = 64
 # Programs that the separate kernels should have at least: two for each multiprocessor of an H100 or H200.
 PROGRAMS = 264
 # And at most for each multiprocessor; more would find nothing to do in most batches.
-PROGRAMS_EACH = 64
+PROGRAMS_EACH = 16
 # Of them, those that share the rank rows of one tile at most.
 GROUPS = 8
 # Columns of h, the largest adapter's, that graphs are captured with, in local layers and at least in combined ones.
