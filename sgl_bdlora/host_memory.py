@@ -2,7 +2,7 @@
 
 A GPU copies beside its other work only from pages that CUDA knows to stay in place. PyTorch takes such memory with one call, for which
 every launch of the process waits: 419 ms for 671 MB on an H200. Ordinary memory that is registered with CUDA by pieces, with a rest after
-each, holds launches up for 3 to 5 ms at most (docs/performance.md, `python -m benchmarks.pinning`), and takes the bytes that were asked
+each, holds launches up for 6 ms at most (docs/performance.md, `python -m benchmarks.pinning`), and takes the bytes that were asked
 for, where PyTorch rounds up to a power of two. It is the system's again once its last tensor is gone: nothing is kept for the next load.
 """
 
@@ -25,7 +25,7 @@ from sgl_bdlora.copies import Copies
 
 logger = logging.getLogger(__name__)
 
-# Without the rests launches wait for up to 23 ms, where pages are at hand: then piece follows piece.
+# Without rests a piece follows the other, where its pages are at hand: with pieces of 4 MiB launches waited for 16 ms.
 PIECE = 2**24
 REST_S = 0.002
 _PAGE = mmap.PAGESIZE
@@ -86,6 +86,8 @@ class PinnedMemory:
         self._cuda, self._piece, self._rest = cuda, piece, rest
         # Finalizers put into it, which may run at any point of a thread, within another put as well: SimpleQueue is made for that.
         self._returns: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        # What CUDA may still know: unmapped, its addresses could be given out again.
+        self._kept: list[object] = []
         self._thread = threading.Thread(target=self._run, name="bdlora-unpin", daemon=True)
         self._thread.start()
         atexit.register(self._end)
@@ -127,9 +129,12 @@ class PinnedMemory:
                 # The main thread runs the batches, so that none runs beside what it does itself.
                 if threading.current_thread() is not threading.main_thread():
                     time.sleep(self._rest)
-        except RuntimeError:
+        except BaseException:
             for address in registered:
-                self._cuda.unregister(address)
+                try:
+                    self._cuda.unregister(address)
+                except RuntimeError:
+                    self._kept.append(pages)
             raise
 
     def _give_back(self, address: int, memory: mmap.mmap) -> None:
@@ -142,12 +147,15 @@ class PinnedMemory:
 
     def _run(self) -> None:
         while True:
+            give_back = self._returns.get()
             try:
-                self._returns.get()()
+                give_back()
             except Exception:
+                self._kept.append(give_back)
                 logger.exception("sgl-bdlora: pinned host memory was not given back")
+            del give_back
 
     def _end(self) -> None:
-        # CUDA must not be left while it is in a call.
+        # CUDA must not be left while it is in a call; but copies behind a batch whose peer has died never end.
         self._returns.put(sys.exit)
-        self._thread.join()
+        self._thread.join(10)

@@ -8,8 +8,9 @@ kept before that. loading.py is the launcher's part of a load, preparing.py what
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -28,13 +29,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class Kernels(Protocol):
+    """What the kernels have to do with a load."""
+
+    def prepare(self, shard: AdapterShard) -> Any: ...
+
+    def agree(self, shard: AdapterShard, everyone: Sequence[Any]) -> None: ...
+
+
 class AdapterLoader:
     """Keeps this rank's shards in host memory. Loads are collective calls: every rank makes the same ones in the same order.
 
     Args:
         pool: what the adapters have to fit into; shards are of its dtype, and pinned where it is on a GPU.
         host: the model's layers that take LoRA. sharding: of plain adapters. max_rank: of any module.
-        prepare_kernels: works out what they need for a shard. all_ranks: gives every rank's argument, in order of rank.
+        kernels: `prepare` works out what they need for a shard, `agree` is given what every rank's returned. all_ranks: gives every rank's
+        argument, in order of rank.
 
     Attributes:
         shards, refs: by adapter id, in the order of the loads.
@@ -47,12 +57,13 @@ class AdapterLoader:
         host: HostModel,
         sharding: Sharding,
         max_rank: int,
-        prepare_kernels: Callable[[AdapterShard], None],
+        kernels: Kernels,
         all_ranks: Callable[[Any], list],
     ):
         self._pool, self._host, self._sharding, self._max_rank = pool, host, sharding, max_rank
-        self._prepare_kernels, self._all_ranks = prepare_kernels, all_ranks
-        self._zeros = PinnedMemory(Cuda(pool.arena.device, pool.copies)).zeros if pool.arena.is_cuda else torch.zeros
+        self._kernels, self._all_ranks = kernels, all_ranks
+        self._memory = PinnedMemory(Cuda(pool.arena.device, pool.copies)) if pool.arena.is_cuda else None
+        self._zeros = self._memory.zeros if self._memory else torch.zeros
         self.shards: dict[str, AdapterShard] = {}
         self.refs: dict[str, LoRARef] = {}
         self.preparations = Preparations(self._read, self._cut)
@@ -79,6 +90,11 @@ class AdapterLoader:
         del self.shards[uid], self.refs[uid]
         return True
 
+    def settle(self) -> None:
+        """Returns when the host memory of everything that was let go has been given back."""
+        if self._memory is not None:
+            self._memory.drain()
+
     def pinned(self) -> set[str]:
         """The ids of the adapters that never leave the pool."""
         return {uid for uid, ref in self.refs.items() if ref.pinned}
@@ -93,20 +109,25 @@ class AdapterLoader:
             adapter.check_unchanged()
         except Exception as failure:
             error = _why(ref.lora_name, failure)
+            _let_go(failure)
         errors, sizes = zip(*self._all_ranks((error, layer_sizes(shard) if shard else {})), strict=True)
         error = _first(errors)
         if error is not None:
             return error
+        needs = None
         try:
             shard = even_out(shard, sizes, self._zeros)
             self._check_bytes(shard, bool(ref.pinned))
-            self._prepare_kernels(shard)
+            needs = self._kernels.prepare(shard)
         except Exception as failure:
             error = _why(ref.lora_name, failure)
+            _let_go(failure)
         # Memory can be too little on one rank alone.
-        error = _first(self._all_ranks(error))
+        errors, needs = zip(*self._all_ranks((error, needs)), strict=True)
+        error = _first(errors)
         if error is not None:
             return error
+        self._kernels.agree(shard, needs)
         self.shards[ref.lora_id], self.refs[ref.lora_id] = shard, ref
         return None
 
@@ -151,6 +172,13 @@ class AdapterLoader:
 
 def _first(errors: Iterable[str | None]) -> str | None:
     return next((error for error in errors if error is not None), None)
+
+
+def _let_go(failure: BaseException | None) -> None:
+    """Drop what the frames of an exception hold, which would keep an adapter's memory until the next garbage collection."""
+    while failure is not None:
+        traceback.clear_frames(failure.__traceback__)
+        failure = failure.__cause__
 
 
 def _why(name: str, failure: Exception) -> str:

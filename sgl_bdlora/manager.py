@@ -61,7 +61,7 @@ class BDLoRAManager(LoRAManager):
         self.host = HostModel(hosts)
         self.memory_pool = MemoryPool(options.lora_pool_bytes, self.dtype, self.device, self.max_loras_per_batch)
         self.loader = AdapterLoader(
-            self.memory_pool, self.host, self.sharding, self.max_lora_rank, self.lora_backend.prepare, self.all_ranks
+            self.memory_pool, self.host, self.sharding, self.max_lora_rank, self.lora_backend, self.all_ranks
         )
         self.shards, self.lora_refs = self.loader.shards, self.loader.refs
         self.admission = Admission(self.memory_pool, self.shards, self.loader.pinned)
@@ -74,6 +74,8 @@ class BDLoRAManager(LoRAManager):
             result = self.load_lora_adapter(ref)
             if not result.success:
                 raise SystemExit(f"sgl-bdlora: cannot start: {result.error_message}")
+        # Nothing may be asked of CUDA beside the capture of graphs, which comes next.
+        self.loader.settle()
         if self.tp_rank == 0:
             logger.info(
                 "sgl-bdlora: %d layers take LoRA, %.2f GiB per rank for adapter weights, %d adapters loaded",

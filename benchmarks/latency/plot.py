@@ -83,7 +83,7 @@ def draw(rows: list[dict], target: Path) -> None:
         steps, ratios = axes[2 * i][j], axes[2 * i + 1][j]
         for name, look in looks.items():
             line = [row for row in here if _name(row) == name]
-            _line(steps, [(row["batch"], row["decode_ms"]) for row in line], label=name, **look)
+            _line(steps, [(row["batch"], row["decode_ms"]) for row in line], **look)
             if name != "no-lora":
                 by = [(row["batch"], row["decode_ms"] / statistics.mean(decode[_place(row)]))
                       for row in line if _place(row) in decode]  # fmt: skip

@@ -17,6 +17,7 @@ from sgl_bdlora.memory_pool import Resident
 from sgl_bdlora.sharding import AdapterShard, HostLayer
 
 if TYPE_CHECKING:
+    from sgl_bdlora.kernels.rows import Needs
     from sgl_bdlora.kernels.triton_ops import TritonOps
 
 
@@ -91,10 +92,15 @@ class BDLoRABackend(BaseLoRABackend):
         """Kinds of prefill graphs with adapters that are captured beside the base model's."""
         return (graphs.LORA, *((graphs.COLLECTIVES,) if self._combines else ()))
 
-    def prepare(self, shard: AdapterShard) -> None:
-        """Work out, when an adapter is loaded, what its first batch would have to wait for."""
+    def prepare(self, shard: AdapterShard) -> "Needs | None":
+        """Work out, when an adapter is loaded, what its first batch would have to wait for. Returns what this rank needs for it."""
+        return None if self._ops is None else self._ops.needs(shard)
+
+    def agree(self, shard: AdapterShard, everyone: Sequence["Needs | None"]) -> None:
+        """Go by what every rank's `prepare` returned: ranks that decided apart would replay different graphs, whose all-reduces do not
+        find each other's buffers."""
         if self._ops is not None:
-            self._ops.rows(shard)
+            self._ops.agree(shard, everyone)
 
     def prefills_from_graph(self, adapters: Sequence[Resident | None]) -> bool:
         """Whether captured prefill graphs compute a batch of these adapters."""

@@ -17,6 +17,7 @@ all: two lists, whose rows share the columns of h that the collective combines.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,18 +72,32 @@ class RankRows:
         return placed
 
 
+class Needs(NamedTuple):
+    """What an adapter takes of tables and of h: the largest of any rank, so that all ranks decide alike what computes a batch.
+
+    local, expand: rank rows of its fullest slice, of those kinds (AdapterRows). width, combined_width: columns of h, of the local rows
+    and of the others.
+    """
+
+    local: int
+    expand: int
+    width: int
+    combined_width: int
+
+
 @dataclass(frozen=True)
 class AdapterRows:
-    """One adapter. local: rows with nothing between shrink and expand. shrink, expand: those with a collective between.
-
-    width: columns of h that the local rows need. combined_width: those of the others, over all ranks.
-    """
+    """One adapter on one rank. local: rows with nothing between shrink and expand. shrink, expand: those with a collective between."""
 
     local: RankRows
     shrink: RankRows
     expand: RankRows
-    width: int
-    combined_width: int
+
+    @property
+    def needs(self) -> Needs:
+        """Of this rank."""
+        counts = self.local.counts, self.expand.counts
+        return Needs(*(int(c.max(initial=0)) for c in counts), *(int(c.sum(axis=1).max(initial=0)) for c in counts))
 
 
 def adapter_rows(shard: AdapterShard, index: LayerIndex) -> AdapterRows:
@@ -102,14 +117,8 @@ def adapter_rows(shard: AdapterShard, index: LayerIndex) -> AdapterRows:
                 shrink.add(place, a)
                 expand.add(place, b)
                 first_rank[place] = piece.ranks_a.start
-    rows, combined = local.rows(), expand.rows()
-    return AdapterRows(
-        rows,
-        shrink.rows(combined.columns + first_rank),
-        combined,
-        int(rows.counts.sum(axis=1).max(initial=0)),
-        int(combined.counts.sum(axis=1).max(initial=0)),
-    )
+    combined = expand.rows()
+    return AdapterRows(local.rows(), shrink.rows(combined.columns + first_rank), combined)
 
 
 class _Collector:

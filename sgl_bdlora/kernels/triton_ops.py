@@ -24,6 +24,7 @@ from sgl_bdlora.kernels.rows import (
     SLICES,
     AdapterRows,
     LayerIndex,
+    Needs,
     NoRankRows,
     RankRows,
     adapter_rows,
@@ -56,6 +57,8 @@ LIMIT = 2048
 FUSED_TOKENS = 128
 # Up to here the tiles of the separate expand are half as wide, so that there are enough of them.
 NARROW_TOKENS = 64
+# Rows of the batch that a tile of the separate kernels has at least.
+SMALLEST_TILE = 16
 # Programs that the separate kernels should have at least: two for each multiprocessor of an H100 or H200.
 PROGRAMS = 264
 # And at most for each multiprocessor; more would find nothing to do in most batches.
@@ -128,7 +131,7 @@ class Owners:
     def __init__(self, tokens: int, adapters: int, device: torch.device):
         # Every part is aligned alike, whatever the batch: kernels are compiled for an alignment.
         self._width = _padded(tokens, 4)
-        self._most = most_tiles(tokens, adapters, _tile(0))
+        self._most = most_tiles(tokens, adapters, SMALLEST_TILE)
         self._all = torch.zeros(4 + 2 * self._width + TILE_FIELDS * self._most, dtype=torch.int32, device=device)
         self.meta, self.n_tiles = self._all[:2], self._all[2:4]
         self.rows, self.order, self.tiles = self._all[4:].split([self._width, self._width, self._most * TILE_FIELDS])
@@ -141,7 +144,7 @@ class Owners:
             rows = np.pad(owners, (0, self._width - len(owners)), constant_values=-1)
             head = np.array([0, 0, len(tiles), np.count_nonzero(owners >= 0)], dtype=np.int32)
             self._host = np.concatenate([head, rows, order_of(owners, self._width), tiles.ravel()])
-            self._last = owners
+            self._last = owners.copy()
         self._host[:2] = first_tag, local_rows
         staged = _staged(torch.from_numpy(self._host), self._all.device)
         self._all[: len(staged)].copy_(staged, non_blocking=True)
@@ -185,13 +188,14 @@ class TritonOps:
         self._static_h: torch.Tensor | None = None
         self._static_combined: torch.Tensor | None = None
         self._rows: WeakKeyDictionary[AdapterShard, AdapterRows | None] = WeakKeyDictionary()
+        self._needs: WeakKeyDictionary[AdapterShard, Needs | None] = WeakKeyDictionary()
         self._last_adapters: tuple[Resident, ...] | None = None
         self._last_owners = np.empty(0, dtype=np.int32)
         self._first_tag = 0
         self._static = False
         self._combining = False
         self._many_rows = False
-        self._width = self._combined_width = 0
+        self._width = self._combined_width = self._rank_rows = 0
 
     def reserve(self, max_tokens: int, combines: bool, max_rank: int = 0, shared: bool = False) -> "TritonOps":
         """The same with what graphs of max_tokens rows need.
@@ -201,13 +205,13 @@ class TritonOps:
         """
         collectives = self._collectives if combines else None
         other = TritonOps(self._arena, self._hosts, self._max_adapters, collectives, max_tokens)
-        other._rows = self._rows
+        other._rows, other._needs = self._rows, self._needs
         arena, tokens = self._arena, other.max_tokens
         # Several parts of K only where they come to no more than this many rows (_splits).
         rows = max(tokens, PROGRAMS // 4 * 64)
         other._static_h = torch.zeros(rows * COLUMNS, dtype=torch.float32, device=arena.device)
         if other._collectives is not None:
-            widths = [r.combined_width for r in self._rows.values() if r]
+            widths = [needs.combined_width for needs in map(self.needs, self._rows) if needs]
             columns = _padded(max([COMBINED_COLUMNS, SLICES * max_rank, *widths]), COMBINED_COLUMNS)
             other._static_combined = arena.new_zeros(1 if shared else len(self.index), tokens, columns)
         return other
@@ -221,19 +225,30 @@ class TritonOps:
                 self._rows[shard] = None
         return self._rows[shard]
 
+    def needs(self, shard: AdapterShard) -> Needs | None:
+        """What was agreed on, else this rank's own; None if it is not all rank rows of these layers."""
+        if shard not in self._needs:
+            rows = self.rows(shard)
+            return rows and rows.needs
+        return self._needs[shard]
+
+    def agree(self, shard: AdapterShard, everyone: Sequence[Needs | None]) -> None:
+        """Take the largest of every rank's `needs`."""
+        self._needs[shard] = None if None in everyone else Needs(*map(max, zip(*everyone, strict=True)))
+
     def takes(self, adapters: Sequence[Resident]) -> bool:
         """Whether the kernels can serve a batch of these adapters."""
-        rows = [self.rows(adapter.shard) for adapter in adapters]
-        if None in rows or (self._expands is None and any(r.combined_width for r in rows)):
+        needs = [self.needs(adapter.shard) for adapter in adapters]
+        if None in needs or (self._expands is None and any(n.combined_width for n in needs)):
             return False
-        return max(most_rows([r.local for r in rows]), most_rows([r.expand for r in rows])) <= LIMIT
+        return max(sum(n.local for n in needs), sum(n.expand for n in needs)) <= LIMIT
 
     def captures(self, adapters: Sequence[Resident]) -> bool:
         """Whether graphs can compute a batch of these adapters that is not too large for them."""
         if not self.takes(adapters):
             return False
-        rows = [self.rows(adapter.shard) for adapter in adapters]
-        return all(r.width <= COLUMNS and r.combined_width <= self._combined_columns for r in rows)
+        needs = [self.needs(adapter.shard) for adapter in adapters]
+        return all(n.width <= COLUMNS and n.combined_width <= self._combined_columns for n in needs)
 
     @property
     def _combined_columns(self) -> int:
@@ -247,8 +262,8 @@ class TritonOps:
 
     @property
     def many_rows(self) -> bool:
-        """Whether the current batch has more than FEW_ROWS local rank rows in a layer."""
-        return self._local.used > FEW_ROWS
+        """Whether the current batch may have more than FEW_ROWS local rank rows in a layer, on any rank."""
+        return self._rank_rows > FEW_ROWS
 
     def minds_many_rows(self, tokens: int) -> bool:
         """Whether kernels for batches of so many rows depend on `many_rows`."""
@@ -281,9 +296,11 @@ class TritonOps:
         self._static = static
         if adapters != self._last_adapters:
             rows = [self.rows(adapter.shard) for adapter in adapters]
+            needs = [self.needs(adapter.shard) for adapter in adapters]
             blocks = [block_starts(adapter.blocks, self.index) for adapter in adapters]
-            self._width = max((r.width for r in rows), default=0)
-            self._combined_width = max((r.combined_width for r in rows), default=0)
+            self._width = max((n.width for n in needs), default=0)
+            self._combined_width = max((n.combined_width for n in needs), default=0)
+            self._rank_rows = sum(n.local for n in needs)
             self._local.fill([(r.local, b) for r, b in zip(rows, blocks, strict=True)])
             if self._shrinks is not None and (self._combined_width or self._shrinks.used):
                 self._shrinks.fill([(r.shrink, b) for r, b in zip(rows, blocks, strict=True)])
@@ -296,7 +313,7 @@ class TritonOps:
                 self._static_combined.zero_()
         self._combining = combining or self._combined_width > 0
         self._many_rows = many_rows if static else self.many_rows
-        self._last_adapters, self._last_owners = adapters, owners
+        self._last_adapters, self._last_owners = adapters, owners.copy()
         # Distinct tags for all launches of this step and the last.
         self._first_tag = (self._first_tag + len(self.index)) % TAGS
         self._owners = self._static_owners
@@ -498,7 +515,7 @@ class TritonOps:
             SPLITS=splits,
             BT=_tile(tokens),
             BN=block_n,
-            BR=32 if _tile(tokens) == 16 else 16,
+            BR=32 if _tile(tokens) == SMALLEST_TILE else 16,
             ADD=add,
             BIAS=bias_N is not None,
             num_warps=4,
@@ -530,7 +547,7 @@ def _tiles(plan: Plan, tokens: int, many_rows: bool) -> Tiles | None:
 
 def _tile(tokens: int) -> int:
     """Rows of the batch that a program of the separate kernels takes: few in a decode step, whose rows are of many adapters."""
-    return max(16, min(64, triton.next_power_of_2(tokens) // 8))
+    return max(SMALLEST_TILE, min(64, triton.next_power_of_2(tokens) // 8))
 
 
 def _splits(plan: Plan, tokens: int) -> int:

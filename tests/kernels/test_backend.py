@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_triton_ops import ERROR, HOSTS, PATHS, SHARDS, K, N, make
 
+from sgl_bdlora import graphs
 from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard
@@ -75,6 +76,34 @@ def test_kernels_give_what_torch_operations_give(served, device, names, lengths)
     got = method.apply(layer, x)
     error = (got - wanted).float().abs().max() / wanted.float().abs().max()
     assert error < (ERROR if device.type == "cpu" else 2**-6)
+
+
+def test_graphs_for_many_rank_rows(served):
+    """Up to 128 rows: beyond, and where adapters have few, there is one kind."""
+    backend, pool, *_ = served
+    assert [backend.further_graphs(rows) for rows in (8, 64, 100, 129)] == [(graphs.MANY_ROWS,)] * 3 + [()]
+    for names, kind in ((["plain", None], graphs.LORA), (["large", "plain"], graphs.MANY_ROWS)):
+        ask(backend, pool, names, [1, 1])
+        assert backend.decode_graph == kind
+
+
+def test_every_rank_replays_the_same_graph(served):
+    """Ranks hold different amounts where blocks and ranks have no common grid: what one needs, all go by."""
+    backend, pool, *_ = served
+    mine = backend.prepare(pool.get("small").shard)
+    ask(backend, pool, ["small"], [1])
+    assert (backend.decode_graph, backend.replayable) == (graphs.LORA, True)
+    for theirs, kind, replayable in (
+        (mine._replace(local=144), graphs.MANY_ROWS, True),
+        (mine._replace(width=2000), graphs.LORA, False),
+        (mine._replace(local=3000), graphs.LORA, False),
+        (None, graphs.LORA, False),
+        (mine, graphs.LORA, True),
+    ):
+        backend.agree(pool.get("small").shard, [mine, theirs])
+        backend._ops._last_adapters = None
+        ask(backend, pool, ["small"], [1])
+        assert (backend.decode_graph, backend.replayable) == (kind, replayable)
 
 
 def test_leading_dimensions_and_bias(served, device):

@@ -190,7 +190,7 @@ def test_stale_sums_are_not_taken(engine, device, monkeypatch):
     wanted, plans = {}, engine[1].plans
     alone = {path: without_shrink(plan) for path, plan in plans.items()}
     changed = {1: alone, 2: {**plans, PATHS[1]: alone[PATHS[1]]}}
-    steps, who = (3, "identical") if device.type == "cpu" else (500, "distinct")
+    steps, who = (3, "uniform") if device.type == "cpu" else (500, "distinct")
     for step in range(steps):
         ops, batch, x = case(engine, device, who, step % 2, static=True)
         monkeypatch.setattr(ops, "plans", changed.get(step, plans))

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import mmap
+import os
 import re
 import subprocess
 import sys
@@ -167,6 +168,30 @@ def test_memory_is_given_back_after_a_failure_of_cuda(caplog):
     del weights
     memory.drain()
     assert not cuda.registered
+
+
+def test_memory_that_cuda_may_still_know_stays_mapped(caplog):
+    """Another mapping at its addresses could not be registered."""
+    cuda = FakeCuda()
+    memory = PinnedMemory(cuda, PIECE, 0)
+    weights = memory.zeros(PIECE, torch.int8)
+    address = weights.data_ptr()
+    finish, cuda.finish_copies = cuda.finish_copies, lambda: 1 / 0
+    del weights
+    memory.drain()
+    cuda.finish_copies = finish
+    assert cuda.registered
+    assert mapped(address)
+    assert "was not given back" in caplog.text
+
+
+def test_a_child_process_does_not_have_the_memory():
+    """Else the parent's next write would go to a copy of the page, and the device read the old one."""
+    weights = PinnedMemory(FakeCuda(), PIECE, 0).zeros(PIECE, torch.int8)
+    child = os.fork()
+    if child == 0:
+        os._exit(mapped(weights.data_ptr()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_process_ends_with_memory_taken_and_on_its_way_back():

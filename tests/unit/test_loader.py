@@ -1,6 +1,8 @@
 """A load succeeds on every rank or on none, and every rank gives the same answer."""
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -31,6 +33,7 @@ class Ranks:
 
     def __init__(self, room: float = 8, max_ranks: tuple[int, ...] = (RANK, RANK), unprepared: int | None = None):
         self._barrier, self._told, self._unprepared = threading.Barrier(TP, timeout=10), [None] * TP, unprepared
+        self.agreed: list[tuple] = []
         pools = [
             MemoryPool(int(room * shard(0).nbytes), torch.float32, torch.device("cpu"), MAX_LORAS) for _ in range(TP)
         ]
@@ -40,7 +43,7 @@ class Ranks:
                 host(TP, rank, KV_HEADS),
                 "replicated",
                 max_ranks[rank],
-                partial(self._prepare_kernels, rank),
+                SimpleNamespace(prepare=partial(self._prepare, rank), agree=partial(self._agree, rank)),
                 partial(self._all_ranks, rank),
             )
             for rank in range(TP)
@@ -59,9 +62,13 @@ class Ranks:
         assert all(each.refs.keys() == each.shards.keys() for each in self.loaders)
         return everyone[0]
 
-    def _prepare_kernels(self, rank: int, _) -> None:
+    def _prepare(self, rank: int, _) -> int:
         if rank == self._unprepared:
             raise MemoryError("too little")
+        return rank
+
+    def _agree(self, rank: int, shard, everyone) -> None:
+        self.agreed.append((rank, shard, list(everyone)))
 
     def _all_ranks(self, rank: int, mine) -> list:
         self._told[rank] = mine
@@ -94,6 +101,35 @@ def test_an_adapter_is_kept_until_it_is_unloaded():
         assert each.unload("id of one")
         assert not each.unload("id of one")
     assert ranks.loaded() == ["two"]
+
+
+def test_every_rank_s_kernels_go_by_what_all_need():
+    ranks = Ranks()
+    assert ranks.load("one") is None
+    agreed = sorted(ranks.agreed, key=lambda each: each[0])
+    assert [(rank, everyone) for rank, _, everyone in agreed] == [(rank, list(range(TP))) for rank in range(TP)]
+    assert all(shard is ranks.loaders[rank].shards["id of one"] for rank, shard, _ in agreed)
+
+
+def test_a_refused_load_keeps_no_memory(monkeypatch):
+    """Not until the garbage collector comes by, which is when there is too little."""
+    held: list[weakref.ref] = []
+
+    def cut(*_):
+        weights = torch.zeros(8)
+        held.append(weakref.ref(weights))
+        try:
+            raise MemoryError("too little")
+        except MemoryError as error:
+            raise RuntimeError("refused") from error
+
+    monkeypatch.setattr(loader, "shard_adapter", cut)
+    gc.disable()
+    try:
+        assert "refused" in Ranks().load("one")
+        assert [each() for each in held] == [None] * TP
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
