@@ -98,7 +98,8 @@ def test_a_rank_that_dies_ends_the_server_and_says_so(ending):
         with pytest.raises(httpx.TransportError):
             running.result(10)
     log = ending.server.log.read_text()
-    assert "crashed with exit code" in log
+    # Who notices first: the launcher, or the other rank.
+    assert "crashed with exit code" in log or "Scheduler hit an exception" in log
     assert "sgl-bdlora: a process of this server has ended" in log
     _, alive = psutil.wait_procs(everyone, timeout=10)
     assert not alive
