@@ -3,7 +3,7 @@
     python -m benchmarks.kernels.fit [--gpus a100 l40s h200 rtx5090 b200] [--models 8b 70b] [--tp 1 2 8]
 
 For every GPU: how many variants there are, the most shared memory that one takes of what a block may have, and how many keep registers
-in memory (spills). Exit status 1 where one takes too much: Triton would refuse to launch it. A minute or two a GPU; no GPU needed.
+in memory (spills). Exit status 1 where one takes too much: Triton would refuse to launch it. About four minutes a GPU; no GPU needed.
 """
 
 import argparse
