@@ -14,7 +14,6 @@ printed, and a row for each part of each goes to benchmarks/results/.
 import argparse
 import contextlib
 import itertools
-import statistics
 import sys
 import tempfile
 import threading
@@ -28,6 +27,7 @@ import httpx
 from benchmarks.failures import Failures, run_to_end
 from benchmarks.files import LLAMA_8B, TINY, Shape, folder_of, keep_model, write_adapter
 from benchmarks.latency.arms import Setup, command
+from benchmarks.parts import summary
 from benchmarks.record import RESULTS, Rows, gpu_name
 from sgl_bdlora.server_process import ServerProcess, free_port
 
@@ -207,13 +207,7 @@ def _run(
                     gap_ms=gap * 1e3,
                 )
             print(f"{server}, rank {rank}, {megabytes:.0f} MB; median (largest):", flush=True)
-            for part, repeats in found.items():
-                seconds, gaps = zip(*repeats, strict=True)
-                print(
-                    f"  {part:14} {statistics.median(seconds):7.3f} s ({max(seconds):.3f}), longest gap "
-                    f"{statistics.median(gaps):8.1f} ms ({max(gaps):.1f})",
-                    flush=True,
-                )
+            print(summary(found, "longest gap"), flush=True)
 
 
 if __name__ == "__main__":

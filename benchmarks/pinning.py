@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.failures import Failures, run_to_end
+from benchmarks.parts import summary
 from benchmarks.record import RESULTS, Rows, gpu_name
 from sgl_bdlora.copies import Copies
 from sgl_bdlora.host_memory import PIECE, REST_S, Cuda, PinnedMemory
@@ -163,13 +164,7 @@ def _run(name: str, way: Way, args: argparse.Namespace, batches: Batches, rows: 
                 found[part].append((seconds, pause))
                 rows.write(kind="part", way=name, part=part, seconds=seconds, pause_ms=pause, median_ms=median)
     print(f"{name}, {args.megabytes} MB; median (largest):", flush=True)
-    for part, repeats in found.items():
-        seconds, pauses = zip(*repeats, strict=True)
-        print(
-            f"  {part:9} {statistics.median(seconds) * 1e3:7.1f} ms ({max(seconds) * 1e3:.1f}), longest pause "
-            f"{statistics.median(pauses):7.2f} ms ({max(pauses):.2f})",
-            flush=True,
-        )
+    print(summary(found, "longest pause"), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
 from benchmarks.kernels.shapes import hosts
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.tiles import FEW_ROWS
+from sgl_bdlora.kernels.triton_ops import PADDING
 
 LAYERS = 32
 PAUSE = 12_000
@@ -37,7 +38,10 @@ def variants(tiles, outputs: int, inputs: int, quick: bool):
     near = [replace(tiles, programs=programs) for programs in (4, 12, 24, 36, 68)]
     near += [replace(tiles, stages=tiles.stages + more) for more in (-1, 1)]
     near += [replace(tiles, descriptor=not tiles.descriptor), replace(tiles, warps=12 - tiles.warps)]
-    near += [replace(tiles, rows=tiles.rows * 2), *(replace(tiles, shrink_rows=rows) for rows in (32, 64, 128))]
+    near += [
+        replace(tiles, rows=min(tiles.rows * 2, PADDING)),
+        *(replace(tiles, shrink_rows=rows) for rows in (32, 64, 128)),
+    ]
     near += [replace(tiles, late_stages=stages) for stages in (1, 2, 4, 6, 8)]
     near += [replace(tiles, early=early) for early in (256, 512, 1024) if early <= inputs]
     near += [replace(tiles, shrink_k=k) for k in (64, 128, 256) if inputs // tiles.splits % k == 0]

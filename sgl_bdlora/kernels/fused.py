@@ -24,10 +24,13 @@ h is float32 with the low 12 bits replaced by the tag, which leaves 12 bits of s
 import triton
 import triton.language as tl
 
+from sgl_bdlora.kernels.tiles import SHRINK_STAGES
+
 # Bits of a word of h that hold the tag.
 TAG_BITS = 12
 TAGS = 2**TAG_BITS - 1
 _MASK = tl.constexpr(TAGS)
+_SHRINK_STAGES = tl.constexpr(SHRINK_STAGES)
 # Polls of a tile before it computes the shrink itself; each takes about a microsecond.
 _PATIENCE = tl.constexpr(64)
 
@@ -78,7 +81,7 @@ def shrink_tile(
     x0 = tl.multiple_of(low(span), 8)
     x1 = tl.multiple_of(high(span), 8)
     acc = tl.zeros((BT, BR), dtype=tl.float32)
-    for k0 in tl.range(0, k_count, BK, num_stages=4):
+    for k0 in tl.range(0, k_count, BK, num_stages=_SHRINK_STAGES):
         k = k_first + k0 + tl.arange(0, BK)
         x_TK = tl.load(x + t[:, None].to(tl.int64) * K + k[None, :], mask=(t < T)[:, None], other=0.0)
         inside = tl.max_constancy((k[:, None] >= x0[None, :]) & (k[:, None] < x1[None, :]), [8, 1])

@@ -23,7 +23,7 @@ FEW_ROWS = 128
 SHARED = 147_000
 # Of a block's shared memory, what its loops leave to the rest.
 _REST = 16_000
-# Buffers of h's loads: as many as pipeline stages where rows are 64 and more, and one fewer else.
+# Pipeline stages of the loads for h. There are as many buffers where rows are 64 and more, and one fewer else.
 SHRINK_STAGES = 4
 WIDTHS = (16, 32, 64, 128)
 SHRINK_ROWS = 16
