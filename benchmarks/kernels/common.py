@@ -16,15 +16,16 @@ from sgl_bdlora.memory_pool import MemoryPool, Resident
 from sgl_bdlora.sharding import HostLayer
 
 
-def parser_for(name: str, description: str, rank: int, repeats: int) -> argparse.ArgumentParser:
-    """With the options of all of them; name: the module's own."""
+def parser_for(name: str, description: str, rank: int | None, repeats: int) -> argparse.ArgumentParser:
+    """With the options of all of them; name: the module's own. rank: the default; None where one rank is not enough."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.kernels.{name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--tp", type=int, default=2, help="one rank of this many (default: 2)")
-    parser.add_argument("--rank", type=int, default=rank, help=f"local rank of the adapters (default: {rank})")
+    if rank is not None:
+        parser.add_argument("--rank", type=int, default=rank, help=f"local rank of the adapters (default: {rank})")
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument(
         "--output", type=Path, help=f"results file (default: benchmarks/results/{_file(name, '<time>')})"

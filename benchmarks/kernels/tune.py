@@ -1,18 +1,28 @@
 """Tile sizes of the linear kernel (sgl_bdlora/kernels/tiles.py), swept: one kind of layer at a time, 32 of them in a CUDA graph.
 
-    python -m benchmarks.kernels.tune [--tp 2] [--tokens 8 32] [--adapters 4] [--rank 12] [--only qkv_proj ...] [--quick | --chosen]
+    python -m benchmarks.kernels.tune [--tp 2] [--tokens 8 32] [--mixes 4x12 4x128] [--only qkv_proj ...] [--parts h rest | --chosen]
     for layer in qkv_proj o_proj gate_up_proj down_proj; do python -m benchmarks.kernels.tune --only $layer --turns /tmp/turns & done; wait
+
+A mix is adapters x local rank; rows of the batch take turns with the adapters. Mixes with few rank rows have tiles of their own, those with
+many too (tiles.py: FEW_ROWS), so each kind is swept for all its mixes at once, best by the mean of times over the served ones. The parts
+of a Tiles are swept one after another, each in full, with the best found so far of the others:
+
+    h         programs that compute h, rank rows and inputs of theirs at a time, parts of K
+    tile      block of W, stages, descriptor
+    rest      rank rows of h and B at a time, stages of those behind the first, and how early they are asked for
 
 Every product stands behind a pause of 6 us and a small kernel, as behind the all-reduce, norm or attention of a model (down_proj: the
 small kernel only). Microseconds a layer, less those of the same graph without products; cuBLAS without LoRA and what is served come
-first, then variants of it, best first. Rows of the batch take turns with the adapters; where the separate kernels serve so many rows, there
-are no variants. Most of a sweep is compiling: processes that are given the same --turns compile side by side and time one after another.
+first. Where the separate kernels serve so many rows, there is nothing to sweep. Most of a sweep is compiling: processes that are given the
+same --turns compile side by side and time one after another.
 """
 
+import argparse
 import fcntl
 import itertools
+import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,43 +30,53 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton
+from tqdm import tqdm
 
 from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
 from benchmarks.kernels.shapes import hosts
 from benchmarks.record import Rows
-from sgl_bdlora.kernels.tiles import FEW_ROWS
-from sgl_bdlora.kernels.triton_ops import PADDING
+from sgl_bdlora.kernels.tiles import FEW_ROWS, MAX_SPLITS, SHRINK_STAGES, WIDTHS, Tiles
+from sgl_bdlora.kernels.triton_ops import PADDING, Plan
 
 LAYERS = 32
 PAUSE = 12_000
-WIDTHS = ((16, 256), (32, 128), (32, 256), (64, 128), (64, 256), (128, 64), (128, 128))
+# Shared memory of a block of an H100 or H200, bytes.
+SHARED = 232_448
 
 
-def variants(tiles, outputs: int, inputs: int, quick: bool):
-    """tiles with other widths, stages, warps, descriptors and programs for h; quick: one change at a time."""
-    yield tiles
-    near = [replace(tiles, programs=programs) for programs in (4, 12, 24, 36, 68)]
-    near += [replace(tiles, stages=tiles.stages + more) for more in (-1, 1)]
-    near += [replace(tiles, descriptor=not tiles.descriptor), replace(tiles, warps=12 - tiles.warps)]
-    near += [
-        replace(tiles, rows=min(tiles.rows * 2, PADDING)),
-        *(replace(tiles, shrink_rows=rows) for rows in (32, 64, 128)),
-    ]
-    near += [replace(tiles, late_stages=stages) for stages in (1, 2, 4, 6, 8)]
-    near += [replace(tiles, early=early) for early in (256, 512, 1024) if early <= inputs]
-    near += [replace(tiles, shrink_k=k) for k in (64, 128, 256) if inputs // tiles.splits % k == 0]
-    wide = []
-    for (block_n, block_k), stages, descriptor in itertools.product(WIDTHS, (4, 6), (False, True)):
-        if outputs % block_n == 0 and inputs % block_k == 0:
-            warps = 8 if block_n >= 128 else 4
-            wide.append(
-                replace(tiles, block_n=block_n, block_k=block_k, stages=stages, warps=warps, descriptor=descriptor)
+def h_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
+    sizes = ((16, 256), (32, 128), (32, 256), (32, 512), (64, 128), (64, 256), (128, 128), (128, 256))
+    for programs, (rows, k) in itertools.product((4, 12, 20, 36, 68, 100), sizes):
+        fits = (SHRINK_STAGES - 1) * 2 * (block_t + rows) * k <= SHARED
+        if fits and plan.inputs // tiles.splits % k == 0:
+            yield replace(tiles, programs=programs, shrink_rows=rows, shrink_k=k)
+    for splits in range(1, MAX_SPLITS + 1):
+        if plan.inputs % (splits * tiles.shrink_k) == 0:
+            yield replace(tiles, splits=splits)
+
+
+def tile_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
+    sizes = itertools.product(WIDTHS, (128, 256), (3, 4, 6), (False, True) if block_t == 16 else (False,))
+    for block_n, block_k, stages, descriptor in sizes:
+        fits = 24_000 <= (stages - 1) * 2 * (block_t + block_n) * block_k <= SHARED
+        if fits and all(n % block_n == 0 for n in (*plan.ends, plan.outputs)) and plan.inputs % block_k == 0:
+            warps = 8 if block_n >= 128 or block_t == 128 else 4
+            early = max(tiles.early, block_k) // block_k * block_k
+            yield replace(
+                tiles, block_n=block_n, block_k=block_k, stages=stages, warps=warps, descriptor=descriptor, early=early
             )
-    # Few places beside the tiles: larger pieces of h.
-    wide += [replace(t, programs=4, shrink_rows=64) for t in wide]
-    if not quick:
-        wide = [replace(t, programs=p) for t in wide for p in (4, 12, 36)]
-    yield from (t for t in near + wide if t != tiles)
+
+
+def rest_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
+    for rows, stages in itertools.product((32, 64, 128), (3, 4, 6, 8)):
+        if rows <= PADDING and (stages - 1) * rows * (2 * tiles.block_n + 8 * block_t) <= SHARED:
+            yield replace(tiles, rows=rows, late_stages=stages)
+    for early in (256, 1024, 2048):
+        if tiles.block_k <= early <= plan.inputs:
+            yield replace(tiles, early=early // tiles.block_k * tiles.block_k)
+
+
+PARTS = {"h": h_variants, "tile": tile_variants, "rest": rest_variants}
 
 
 @contextmanager
@@ -70,76 +90,142 @@ def alone(turns: Path | None) -> Iterator[None]:
         yield
 
 
+class Layer:
+    """LAYERS layers of one kind on the device, to be timed with the adapters of each mix."""
+
+    def __init__(self, kind: str, args: argparse.Namespace):
+        layers = [host for host in hosts("8b", args.tp, LAYERS) if host.path.endswith(kind)]
+        self._paths = [host.path for host in layers]
+        self._args = args
+        self._ops = {mix: on_device(layers, *mix, max(args.tokens)) for mix in args.mixes}
+        self.plan = next(iter(self._ops.values()))[0].plans[self._paths[0]]
+        self._pause = 0 if kind == "down_proj" else PAUSE
+        with alone(args.turns):
+            sizes = self.plan.outputs, self.plan.inputs
+            self._weights = [torch.randn(*sizes, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in self._paths]
+
+    def served(self, mix: tuple[int, int], tokens: int, tiles: Tiles | None = None) -> float:
+        """Microseconds of the layer with LoRA, by `tiles` if given. Raises triton's OutOfResources."""
+        ops = self._ops[mix][0]
+        key = kind_of(mix, tokens)
+        plan = self.plan if tiles is None else replace(self.plan, tiles={**self.plan.tiles, key: tiles})
+        ops.plans.update(dict.fromkeys(self._paths, plan))
+        return self._us(mix, tokens, lambda x, w, path: ops.linear(x, w, None, path))
+
+    def cublas(self, tokens: int) -> float:
+        """Microseconds of the layer without LoRA."""
+        return self._us(self._args.mixes[0], tokens, lambda x, w, path: torch.mm(x, w.T))
+
+    def around(self, tokens: int) -> float:
+        """Of what is timed with it, microseconds a layer."""
+        return self._us(self._args.mixes[0], tokens, lambda x, w, path: None)
+
+    def _us(self, mix: tuple[int, int], tokens: int, product: Callable) -> float:
+        ops, residents = self._ops[mix]
+        x = torch.randn(tokens, self.plan.inputs, device="cuda", dtype=torch.bfloat16)
+        count = min(mix[0], tokens)
+        owners = np.arange(tokens, dtype=np.int32) % count
+
+        def before():
+            ops.set_batch(residents[:count], owners, static=True, many_rows=kind_of(mix, tokens)[1])
+
+        def run():
+            for w, path in zip(self._weights, self._paths, strict=True):
+                if self._pause:
+                    torch.cuda._sleep(self._pause)
+                x.neg_()
+                product(x, w, path)
+
+        before()
+        product(x, self._weights[0], self._paths[0])
+        torch.cuda.synchronize()
+        with alone(self._args.turns):
+            return graph_ms(run, before, self._args.repeats) * 1e3 / len(self._paths)
+
+
+def kind_of(mix: tuple[int, int], tokens: int) -> tuple[int, bool]:
+    """tiles.py: KINDS."""
+    return max(16, triton.next_power_of_2(tokens)), min(mix[0], tokens) * mix[1] > FEW_ROWS
+
+
+def sweep(layer: Layer, mixes: Sequence[tuple[int, int]], tokens: int, parts: Sequence[str], record: Callable) -> None:
+    """Of one kind. record(mix, us, tiles) is called with all that was timed."""
+    around = layer.around(tokens)
+    block_t = kind_of(mixes[0], tokens)[0]
+    best = layer.plan.tiles.get(kind_of(mixes[0], tokens))
+
+    def times(tiles: Tiles | None) -> list[float]:
+        return [layer.served(mix, tokens, tiles) - around for mix in mixes]
+
+    served = times(best)
+    for mix, us in zip(mixes, served, strict=True):
+        record(mix, us, best)
+    print(f"  {_words(served)} served: {best or 'separate kernels'}", flush=True)
+    if best is None:
+        return
+    found = {best: 1.0}
+    for part in parts:
+        variants = [tiles for tiles in PARTS[part](best, layer.plan, block_t) if tiles not in found]
+        for tiles in tqdm(variants, desc=part, unit="variant", leave=False, disable=None):
+            try:
+                taken = times(tiles)
+            except triton.runtime.errors.OutOfResources:
+                continue
+            for mix, us in zip(mixes, taken, strict=True):
+                record(mix, us, tiles)
+            found[tiles] = statistics.geometric_mean(max(us, 0.1) / by for us, by in zip(taken, served, strict=True))
+        best = min(found, key=found.get)
+        print(f"  {found[best]:.3f} by what is served, after {part}: {best}", flush=True)
+    for tiles in sorted(found, key=found.get)[:6]:
+        print(f"  {found[tiles]:.3f} {tiles}", flush=True)
+
+
+def _words(times: Sequence[float]) -> str:
+    return ", ".join(f"{us:.2f}" for us in times) + " us"
+
+
+def _mix(text: str) -> tuple[int, int]:
+    adapters, _, rank = text.partition("x")
+    if not (adapters.isdecimal() and rank.isdecimal() and int(adapters) and int(rank)):
+        raise argparse.ArgumentTypeError(f"{text!r}: not adapters x local rank, as in 4x12")
+    return int(adapters), int(rank)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = parser_for("tune", __doc__, rank=12, repeats=12)
+    parser = parser_for("tune", __doc__, rank=None, repeats=12)
     add = parser.add_argument
     add("--tokens", type=int, nargs="+", default=[8, 32])
-    add("--adapters", type=int, default=4)
+    add("--mixes", type=_mix, nargs="+", default=[(4, 12)], metavar="ADAPTERSxRANK", help="(default: 4x12)")
     add("--only", nargs="+", metavar="LAYER", help="these kinds of layers (default: all four)")
-    add("--quick", action="store_true", help="fewer variants")
-    add("--chosen", action="store_true", help="none: only what tiles.py chooses")
+    add(
+        "--parts",
+        nargs="+",
+        choices=list(PARTS),
+        default=list(PARTS),
+        help="what is swept, in this order (default: all)",
+    )
+    add("--chosen", action="store_true", help="nothing: only what tiles.py chooses")
     add("--turns", type=Path, metavar="FILE", help="time only while no other process with the same file does")
     args = parse(parser, argv)
     rows = Rows(args.output, tp=args.tp)
-    layers = hosts("8b", args.tp, LAYERS)
-    ops, residents = on_device(layers, args.adapters, args.rank, max(args.tokens))
-    for kind in dict.fromkeys(host.path.rpartition(".")[2] for host in layers):
+    for kind in dict.fromkeys(host.path.rpartition(".")[2] for host in hosts("8b", args.tp, 1)):
         if args.only and kind not in args.only:
             continue
-        paths = [host.path for host in layers if host.path.endswith(kind)]
-        plan = ops.plans[paths[0]]
-        with alone(args.turns):
-            weights = [
-                torch.randn(plan.outputs, plan.inputs, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in paths
-            ]
-        pause = 0 if kind == "down_proj" else PAUSE
+        layer = Layer(kind, args)
         for tokens in args.tokens:
-            x = torch.randn(tokens, plan.inputs, device="cuda", dtype=torch.bfloat16)
-            count = min(args.adapters, tokens)
-            batch = (residents[:count], np.arange(tokens, dtype=np.int32) % count)
-            key = (max(16, triton.next_power_of_2(tokens)), count * args.rank > FEW_ROWS)
+            cublas = layer.cublas(tokens) - layer.around(tokens)
+            for many in dict.fromkeys(kind_of(mix, tokens)[1] for mix in args.mixes):
+                mixes = [mix for mix in args.mixes if kind_of(mix, tokens)[1] == many]
+                print(
+                    f"{kind} {tokens} tokens, {' '.join(f'{n}x{rank}' for n, rank in mixes)}: cuBLAS {cublas:.2f} us",
+                    flush=True,
+                )
 
-            def us(product, batch=batch, key=key, x=x, weights=weights, paths=paths, pause=pause):
-                def run():
-                    for w, path in zip(weights, paths, strict=True):
-                        if pause:
-                            torch.cuda._sleep(pause)
-                        x.neg_()
-                        product(x, w, path)
+                def record(mix, us, tiles, kind=kind, tokens=tokens, cublas=cublas):
+                    row = dict(layer=kind, tokens=tokens, adapters=mix[0], rank=mix[1], cublas_us=cublas, linear_us=us)
+                    rows.write(**row, **(asdict(tiles) if tiles else {}))
 
-                def before():
-                    ops.set_batch(*batch, static=True, many_rows=key[1])
-
-                before()
-                product(x, weights[0], paths[0])
-                torch.cuda.synchronize()
-                with alone(args.turns):
-                    return graph_ms(run, before, args.repeats) * 1e3 / len(paths)
-
-            around = us(lambda x, w, path: None)
-            cublas = us(lambda x, w, path: torch.mm(x, w.T)) - around
-            print(f"{kind} {tokens} tokens, {count} adapters: cuBLAS {cublas:.2f} us", flush=True)
-            row = dict(layer=kind, tokens=tokens, adapters=count, rank=args.rank, cublas_us=cublas)
-            chosen, found = plan.tiles.get(key), []
-            if chosen is None:
-                served = us(lambda x, w, path: ops.linear(x, w, None, path)) - around
-                rows.write(**row, linear_us=served)
-                print(f"  {served:6.2f} separate kernels", flush=True)
-                continue
-            for tiles in [chosen] if args.chosen else variants(chosen, plan.outputs, plan.inputs, args.quick):
-                for path in paths:
-                    ops.plans[path] = replace(plan, tiles={**plan.tiles, key: tiles})
-                try:
-                    found.append((us(lambda x, w, path: ops.linear(x, w, None, path)) - around, tiles))
-                except triton.runtime.errors.OutOfResources:
-                    continue
-                finally:
-                    for path in paths:
-                        ops.plans[path] = plan
-                rows.write(**row, linear_us=found[-1][0], **asdict(tiles))
-            print(f"  {found[0][0]:6.2f} chosen {found[0][1]}", flush=True)
-            for time, tiles in sorted(found, key=lambda pair: pair[0])[:6]:
-                print(f"  {time:6.2f} {tiles}", flush=True)
+                sweep(layer, mixes, tokens, [] if args.chosen else args.parts, record)
     print(rows.path)
     return 0
 
