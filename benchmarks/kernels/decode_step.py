@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         xs = [torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16) for _, k in sizes]
         for count in [n for n in args.adapters if n <= tokens or n == 1]:
             owners = np.arange(tokens, dtype=np.int32) % count
-            capture = lambda c=count, o=owners: ops.set_batch(residents[:c], o, static=True)  # noqa: E731
+            capture = lambda c=count, o=owners: ops.batch.fill(residents[:c], o, static=True)  # noqa: E731
 
             def cublas(xs=xs):
                 for x, w in zip(xs, weights, strict=True):
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
                     ops.add_lora(torch.mm(x.neg_(), w.T), x, host.path)
 
             row = {"cublas_ms": graph_ms(cublas, capture, args.repeats)}
-            row["base_ms"] = graph_ms(linear, lambda o=owners: ops.set_batch([], o * 0 - 1, static=True), args.repeats)
+            row["base_ms"] = graph_ms(linear, lambda o=owners: ops.batch.fill([], o * 0 - 1, static=True), args.repeats)
             row["linear_ms"] = graph_ms(linear, capture, args.repeats)
             plans, ops.plans = ops.plans, {path: without_shrink(plan) for path, plan in ops.plans.items()}
             row["late_ms"] = graph_ms(linear, capture, 5)

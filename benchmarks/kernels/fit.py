@@ -104,7 +104,7 @@ def variants(device: Device, models: list[str], sizes: list[int]) -> list[tuple]
             arena = torch.zeros(64, dtype=torch.bfloat16)
             ops = triton_ops.TritonOps(arena, layers, 8, None).reserve(max(ROWS), combines=False)
             for rows, many in itertools.product(ROWS, (False, True)):
-                ops.set_batch([], np.full(rows, -1, dtype=np.int32), static=True, many_rows=many)
+                ops.batch.fill([], np.full(rows, -1, dtype=np.int32), static=True, many_rows=many)
                 for host in layers:
                     plan = ops.plans[host.path]
                     x = torch.empty(rows, plan.inputs, dtype=torch.bfloat16)

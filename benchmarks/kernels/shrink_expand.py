@@ -24,9 +24,9 @@ from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
 from benchmarks.kernels.shapes import MODELS, hosts
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.batch import AdapterSet, Batch
+from sgl_bdlora.kernels.device_batch import FUSED_TOKENS
 from sgl_bdlora.kernels.tiles import FEW_ROWS
 from sgl_bdlora.kernels.torch_ops import add_lora
-from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS
 from sgl_bdlora.sharding import HostLayer
 
 LAUNCH_US = 2.5
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         batch = Batch(AdapterSet(residents[:count]), torch.from_numpy(owners).long().cuda())
 
         def before(static: bool, count=count, owners=owners):
-            ops.set_batch(residents[:count], owners, static, many_rows=count * args.rank > FEW_ROWS)
+            ops.batch.fill(residents[:count], owners, static, many_rows=count * args.rank > FEW_ROWS)
             flush.zero_()
 
         def timed(run: Callable[[], None], static: bool = True, before=before) -> float:

@@ -1,6 +1,7 @@
 """Tile sizes of the linear kernel (sgl_bdlora/kernels/tiles.py), swept: one kind of layer at a time, 32 of them in a CUDA graph.
 
-    python -m benchmarks.kernels.tune [--tp 2] [--tokens 8 32] [--mixes 4x12 4x128] [--only qkv_proj ...] [--parts h rest | --chosen]
+    python -m benchmarks.kernels.tune [--tp 2] [--tokens 8 32] [--mixes 4x12 4x128] [--only qkv_proj ...] [--chosen]
+    python -m benchmarks.kernels.tune --parts h rest --begin block_n=64 programs=84 ...
     for layer in qkv_proj o_proj gate_up_proj down_proj; do python -m benchmarks.kernels.tune --only $layer --turns /tmp/turns & done; wait
 
 A mix is adapters x local rank; rows of the batch take turns with the adapters. Mixes with few rank rows have tiles of their own, those with
@@ -22,9 +23,9 @@ import fcntl
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,9 @@ from tqdm import tqdm
 from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
 from benchmarks.kernels.shapes import hosts
 from benchmarks.record import Rows
+from sgl_bdlora.kernels.device_batch import PADDING
 from sgl_bdlora.kernels.tiles import FEW_ROWS, MAX_SPLITS, SHRINK_STAGES, WIDTHS, Tiles
-from sgl_bdlora.kernels.triton_ops import PADDING, Plan
+from sgl_bdlora.kernels.triton_ops import Plan
 
 LAYERS = 32
 PAUSE = 12_000
@@ -127,7 +129,7 @@ class Layer:
         owners = np.arange(tokens, dtype=np.int32) % count
 
         def before():
-            ops.set_batch(residents[:count], owners, static=True, many_rows=kind_of(mix, tokens)[1])
+            ops.batch.fill(residents[:count], owners, static=True, many_rows=kind_of(mix, tokens)[1])
 
         def run():
             for w, path in zip(self._weights, self._paths, strict=True):
@@ -148,8 +150,15 @@ def kind_of(mix: tuple[int, int], tokens: int) -> tuple[int, bool]:
     return max(16, triton.next_power_of_2(tokens)), min(mix[0], tokens) * mix[1] > FEW_ROWS
 
 
-def sweep(layer: Layer, mixes: Sequence[tuple[int, int]], tokens: int, parts: Sequence[str], record: Callable) -> None:
-    """Of one kind. record(mix, us, tiles) is called with all that was timed."""
+def sweep(
+    layer: Layer,
+    mixes: Sequence[tuple[int, int]],
+    tokens: int,
+    parts: Sequence[str],
+    begin: Mapping[str, int],
+    record: Callable,
+) -> None:
+    """Of one kind, from what is served with the fields of `begin` instead. record(mix, us, tiles) is called with all that was timed."""
     around = layer.around(tokens)
     block_t = kind_of(mixes[0], tokens)[0]
     best = layer.plan.tiles.get(kind_of(mixes[0], tokens))
@@ -164,9 +173,12 @@ def sweep(layer: Layer, mixes: Sequence[tuple[int, int]], tokens: int, parts: Se
     if best is None:
         return
     found = {best: 1.0}
+    best = replace(best, **begin)
     for part in parts:
-        variants = [tiles for tiles in PARTS[part](best, layer.plan, block_t) if tiles not in found]
-        for tiles in tqdm(variants, desc=part, unit="variant", leave=False, disable=None):
+        variants = dict.fromkeys([best, *PARTS[part](best, layer.plan, block_t)])
+        for tiles in tqdm(
+            [t for t in variants if t not in found], desc=part, unit="variant", leave=False, disable=None
+        ):
             try:
                 taken = times(tiles)
             except triton.runtime.errors.OutOfResources:
@@ -174,7 +186,7 @@ def sweep(layer: Layer, mixes: Sequence[tuple[int, int]], tokens: int, parts: Se
             for mix, us in zip(mixes, taken, strict=True):
                 record(mix, us, tiles)
             found[tiles] = statistics.geometric_mean(max(us, 0.1) / by for us, by in zip(taken, served, strict=True))
-        best = min(found, key=found.get)
+        best = min((tiles for tiles in variants if tiles in found), key=found.get)
         print(f"  {found[best]:.3f} by what is served, after {part}: {best}", flush=True)
     for tiles in sorted(found, key=found.get)[:6]:
         print(f"  {found[tiles]:.3f} {tiles}", flush=True)
@@ -182,6 +194,14 @@ def sweep(layer: Layer, mixes: Sequence[tuple[int, int]], tokens: int, parts: Se
 
 def _words(times: Sequence[float]) -> str:
     return ", ".join(f"{us:.2f}" for us in times) + " us"
+
+
+def _field(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    if name not in {field.name for field in fields(Tiles)} or not value.isdecimal():
+        names = ", ".join(field.name for field in fields(Tiles))
+        raise argparse.ArgumentTypeError(f"{text!r}: not FIELD=N with a field of Tiles ({names})")
+    return name, int(value)
 
 
 def _mix(text: str) -> tuple[int, int]:
@@ -204,6 +224,14 @@ def main(argv: list[str] | None = None) -> int:
         default=list(PARTS),
         help="what is swept, in this order (default: all)",
     )
+    add(
+        "--begin",
+        type=_field,
+        nargs="+",
+        default=[],
+        metavar="FIELD=N",
+        help="instead of what is served, as in block_n=64",
+    )
     add("--chosen", action="store_true", help="nothing: only what tiles.py chooses")
     add("--turns", type=Path, metavar="FILE", help="time only while no other process with the same file does")
     args = parse(parser, argv)
@@ -225,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
                     row = dict(layer=kind, tokens=tokens, adapters=mix[0], rank=mix[1], cublas_us=cublas, linear_us=us)
                     rows.write(**row, **(asdict(tiles) if tiles else {}))
 
-                sweep(layer, mixes, tokens, [] if args.chosen else args.parts, record)
+                sweep(layer, mixes, tokens, [] if args.chosen else args.parts, dict(args.begin), record)
     print(rows.path)
     return 0
 

@@ -94,36 +94,36 @@ class BDLoRABackend(BaseLoRABackend):
 
     def prepare(self, shard: AdapterShard) -> "Needs | None":
         """Work out, when an adapter is loaded, what its first batch would have to wait for. Returns what this rank needs for it."""
-        return None if self._ops is None else self._ops.needs(shard)
+        return None if self._ops is None else self._ops.known.needs(shard)
 
     def agree(self, shard: AdapterShard, everyone: Sequence["Needs | None"]) -> None:
         """Go by what every rank's `prepare` returned: ranks that decided apart would replay different graphs, whose all-reduces do not
         find each other's buffers."""
         if self._ops is not None:
-            self._ops.agree(shard, everyone)
+            self._ops.known.agree(shard, everyone)
 
     def prefills_from_graph(self, adapters: Sequence[Resident | None]) -> bool:
         """Whether captured prefill graphs compute a batch of these adapters."""
-        return self._prefill_ops is not None and self._prefill_ops.captures(distinct_adapters(adapters))
+        return self._prefill_ops is not None and self._prefill_ops.batch.captures(distinct_adapters(adapters))
 
     @property
     def replayable(self) -> bool:
         """Whether a captured decode graph computes the current batch."""
-        return self._batch is None and (self._current is None or self._current.replayable)
+        return self._batch is None and (self._current is None or self._current.batch.replayable)
 
     @property
     def decode_graph(self) -> str:
         """Which of the decode graphs with adapters computes it best."""
-        if self._current is not None and self._current.combines:
+        if self._current is not None and self._current.batch.combines:
             return graphs.COLLECTIVES
-        return graphs.MANY_ROWS if self._current is not None and self._current.many_rows else graphs.LORA
+        return graphs.MANY_ROWS if self._current is not None and self._current.batch.many_rows else graphs.LORA
 
     @property
     def prefill_graph(self) -> str | None:
         """Which of the prefill graphs computes it; None for the base model's."""
         if self._current is None:
             return None
-        return graphs.COLLECTIVES if self._current.combines else graphs.LORA
+        return graphs.COLLECTIVES if self._current.batch.combines else graphs.LORA
 
     def set_batch(
         self,
@@ -144,10 +144,10 @@ class BDLoRABackend(BaseLoRABackend):
         if not (distinct or capturing):
             return
         ops = self._prefill_ops if prefill_graph else self._ops
-        if ops is not None and ops.takes(distinct):
+        if ops is not None and ops.batch.takes(distinct):
             place = {id(adapter): i for i, adapter in enumerate(distinct)}
             owners = np.array([-1 if a is None else place[id(a)] for a in adapters], dtype=np.int32)
-            ops.set_batch(
+            ops.batch.fill(
                 distinct,
                 np.repeat(owners, lengths),
                 static=capturing or prefill_graph,

@@ -59,15 +59,6 @@ def _tag(first_tag, layer):
 
 
 @triton.jit
-def _shrink_step(acc, x, arena, a_off, x0, x1, t, T, k, K):
-    """acc + x A^T over the inputs k, without the scale. a_off, x0, x1: known as multiples of 8, or A is read two bytes at a time."""
-    x_TK = tl.load(x + t[:, None].to(tl.int64) * K + k[None, :], mask=(t < T)[:, None], other=0.0)
-    inside = tl.max_constancy((k[:, None] >= x0[None, :]) & (k[:, None] < x1[None, :]), [8, 1])
-    a_KR = tl.load(arena + a_off[None, :] + k[:, None], mask=inside, other=0.0)
-    return tl.dot(x_TK, a_KR, acc)
-
-
-@triton.jit
 def shrink_tile(
     x,
     arena,
@@ -91,7 +82,11 @@ def shrink_tile(
     x1 = tl.multiple_of(high(span), 8)
     acc = tl.zeros((BT, BR), dtype=tl.float32)
     for k0 in tl.range(0, k_count, BK, num_stages=_SHRINK_STAGES):
-        acc = _shrink_step(acc, x, arena, a_off, x0, x1, t, T, k_first + k0 + tl.arange(0, BK), K)
+        k = k_first + k0 + tl.arange(0, BK)
+        x_TK = tl.load(x + t[:, None].to(tl.int64) * K + k[None, :], mask=(t < T)[:, None], other=0.0)
+        inside = tl.max_constancy((k[:, None] >= x0[None, :]) & (k[:, None] < x1[None, :]), [8, 1])
+        a_KR = tl.load(arena + a_off[None, :] + k[:, None], mask=inside, other=0.0)
+        acc = tl.dot(x_TK, a_KR, acc)
     return acc * scale[None, :]
 
 
@@ -244,12 +239,6 @@ def slice_of(n0, end0, end1):
 
 
 @triton.jit
-def _piece(number, groups, SPLITS: tl.constexpr, BR: tl.constexpr):
-    """(part of K, slice, rank rows) of a piece of h."""
-    return number % SPLITS, number // SPLITS // groups, number // SPLITS % groups * BR + tl.arange(0, BR)
-
-
-@triton.jit
 def _shrink(
     x,
     arena,
@@ -269,36 +258,18 @@ def _shrink(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """This program's pieces of h: BR rank rows of a slice, over a part of K. One loop over all of them: a piece's first loads are asked for
-    while the one before is computed."""
+    """This program's pieces of h: BR rank rows of a slice, over a part of K."""
     groups = tl.cdiv(n_rows, BR)
     k_count: tl.constexpr = K // SPLITS
-    steps: tl.constexpr = k_count // BK
-    pieces = tl.cdiv(groups * SPLITS * SLICES - tl.program_id(0), PROGRAMS)
-    first = 0
-    # In eights, so that they are known as multiples of 8 wherever they come from.
-    a_off = tl.zeros((BR,), dtype=tl.int64)
-    x0 = tl.zeros((BR,), dtype=tl.int32)
-    x1 = tl.zeros((BR,), dtype=tl.int32)
-    acc = tl.zeros((BT, BR), dtype=tl.float32)
-    for i in tl.range(0, pieces * steps, num_stages=_SHRINK_STAGES):
-        if i % steps == 0:
-            split, s, r = _piece(i // steps * PROGRAMS + tl.program_id(0), groups, SPLITS, BR)
-            first = split * k_count
-            rows = table + s * FIELDS * LIMIT + r
-            a_off = tl.load(rows + A_FIELD * LIMIT) // 8
-            span = tl.load(rows + X_FIELD * LIMIT)
-            x0 = low(span) // 8
-            x1 = high(span) // 8
-        k = first + i % steps * BK + tl.arange(0, BK)
-        acc = _shrink_step(acc, x, arena, a_off * 8, x0 * 8, x1 * 8, t, T, k, K)
-        if i % steps == steps - 1:
-            split, s, r = _piece(i // steps * PROGRAMS + tl.program_id(0), groups, SPLITS, BR)
-            owner = tl.load(table + (s * FIELDS + OWNER_FIELD) * LIMIT + r)
-            place = ((split * BT + t[:, None]) * SLICES + s) * LIMIT + r[None, :]
-            v = acc * high(owner).to(tl.float32, bitcast=True)[None, :]
-            tl.store(h + place, _tagged(v, tag), mask=_own(owner_T, low(owner)))
-            acc = tl.zeros((BT, BR), dtype=tl.float32)
+    for piece in range(tl.program_id(0), groups * SPLITS * SLICES, PROGRAMS):
+        split = piece % SPLITS
+        s = piece // SPLITS // groups
+        r = piece // SPLITS % groups * BR + tl.arange(0, BR)
+        rows = table + s * FIELDS * LIMIT
+        own = _own(owner_T, low(tl.load(rows + OWNER_FIELD * LIMIT + r)))
+        v = shrink_tile(x, arena, rows, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK)
+        place = ((split * BT + t[:, None]) * SLICES + s) * LIMIT + r[None, :]
+        tl.store(h + place, _tagged(v, tag), mask=own)
 
 
 @triton.jit(do_not_specialize=["layer", "T", "end0", "end1"])

@@ -18,6 +18,7 @@ all: two lists, whose rows share the columns of h that the collective combines.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -119,6 +120,40 @@ def adapter_rows(shard: AdapterShard, index: LayerIndex) -> AdapterRows:
                 first_rank[place] = piece.ranks_a.start
     combined = expand.rows()
     return AdapterRows(local.rows(), shrink.rows(combined.columns + first_rank), combined)
+
+
+class KnownAdapters:
+    """The rank rows of adapters and what they need, each worked out once."""
+
+    def __init__(self, index: LayerIndex):
+        self.index = index
+        self._rows: WeakKeyDictionary[AdapterShard, AdapterRows | None] = WeakKeyDictionary()
+        self._needs: WeakKeyDictionary[AdapterShard, Needs | None] = WeakKeyDictionary()
+
+    def rows(self, shard: AdapterShard) -> AdapterRows | None:
+        """The adapter's rank rows; None if it is not all rank rows of these layers."""
+        if shard not in self._rows:
+            try:
+                self._rows[shard] = adapter_rows(shard, self.index)
+            except NoRankRows:
+                self._rows[shard] = None
+        return self._rows[shard]
+
+    def needs(self, shard: AdapterShard) -> Needs | None:
+        """What was agreed on, else this rank's own; None if it is not all rank rows of these layers."""
+        if shard not in self._needs:
+            rows = self.rows(shard)
+            return rows and rows.needs
+        return self._needs[shard]
+
+    def agree(self, shard: AdapterShard, everyone: Sequence[Needs | None]) -> None:
+        """Take the largest of every rank's `needs`."""
+        self._needs[shard] = None if None in everyone else Needs(*map(max, zip(*everyone, strict=True)))
+
+    @property
+    def combined_width(self) -> int:
+        """The largest that any of them needs."""
+        return max((needs.combined_width for needs in map(self.needs, self._rows) if needs), default=0)
 
 
 class _Collector:

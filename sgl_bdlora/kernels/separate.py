@@ -152,8 +152,10 @@ def expand_kernel(
     # The base model's first place.
     base = tl.load(n_tiles + 1)
     blocks = N // BN
-    total = count if ADD else count + tl.cdiv(T - base, BT)
-    for item in range(tl.program_id(0), total * blocks, tl.num_programs(0)):
+    total = (count if ADD else count + tl.cdiv(T - base, BT)) * blocks
+    # Side by side, so that a program reads a tile's order, places and h once from afar and then from its own cache.
+    each = tl.cdiv(total, tl.num_programs(0))
+    for item in range(tl.program_id(0) * each, tl.minimum(total, (tl.program_id(0) + 1) * each)):
         number = item // blocks
         n0 = item % blocks * BN
         n = n0 + tl.arange(0, BN)

@@ -31,8 +31,8 @@ SHRINK_ROWS = 16
 MAX_SPLITS = 2
 # Inputs before the end of the product at which a tile asks for h and B.
 EARLY = 512
-# Pipeline stages of the rank rows behind a tile's first.
-LATE_STAGES = 3
+# Pipeline stages of the rank rows behind a tile's first, where it takes many at a time and where few.
+LATE_STAGES = (3, 6)
 # Rows of the batch (a power of two) and whether it may have more than FEW_ROWS rank rows: what there are tiles for. At 128 rows with many
 # rank rows the separate kernels are as fast or faster.
 KINDS = ((16, False), (16, True), (32, False), (32, True), (64, False), (64, True), (128, False))
@@ -58,7 +58,7 @@ class Tiles:
     """block_n x block_k of W at a time in `stages` pipeline stages by `warps` warps; descriptor: through a tensor descriptor. early: inputs
     that are left when a tile asks for h and B, a multiple of block_k.
 
-    rows: rank rows of h and B at a time; those behind the first are asked for late_stages - 2 times ahead. programs: blocks that compute h,
+    rows: rank rows of h and B at a time; those behind the first are asked for (late_stages - 1) // 2 times ahead. programs: blocks that compute h,
     shrink_rows rank rows and shrink_k inputs at a time, K in `splits` parts.
     """
 
@@ -89,14 +89,17 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
     programs = min(MOST, max(fewest, multiprocessors - blocks))
     shrink_rows = 64 if programs < FEWEST else _SHRINK_MANY[block_t] if many else SHRINK_ROWS
     most = device.loops // (SHRINK_STAGES * 2 * (block_t + shrink_rows))
-    splits, shrink_k = _shrink_parts(inputs, min(256 if block_t == 16 else 128, power_of_two(most)))
+    # One part is half as much of h to read for every tile; where it would be the last to be done, two.
+    splits = 1 if many and block_t <= 32 and len(ends) < 3 else MAX_SPLITS
+    splits, shrink_k = _shrink_parts(inputs, min(256 if block_t == 16 else 128, power_of_two(most)), splits)
     if min(block_k, shrink_k) < 16:
         return None
     shared = min(SHARED, device.loops)
     if blocks + fewest > multiprocessors:
         shared = shared * 2 // 3
     rows = _rows(block_t, block_n, many)
-    while rows > 16 and (LATE_STAGES - 1) * rows * (2 * block_n + 8 * block_t) > device.loops:
+    late_stages = LATE_STAGES[rows <= 32]
+    while rows > 16 and (late_stages - 1) * rows * (2 * block_n + 8 * block_t) > device.loops:
         rows //= 2
     return Tiles(
         block_n,
@@ -107,7 +110,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
         descriptor=block_n == 64 and block_t == 16,
         early=min(EARLY, inputs) // block_k * block_k,
         rows=rows,
-        late_stages=LATE_STAGES,
+        late_stages=late_stages,
         programs=programs,
         splits=splits,
         shrink_rows=shrink_rows,
@@ -119,14 +122,14 @@ def _rows(block_t: int, block_n: int, many: bool) -> int:
     """As many as leave registers for h."""
     if block_t == 128:
         return 16 if block_n >= 128 else 32
-    if block_t == 64:
+    if block_t == 64 or (many and block_t == 32):
         return 32
-    return 128 if block_t == 16 and many else 64
+    return 128 if many and block_n < 128 else 64
 
 
-def _shrink_parts(inputs: int, most: int) -> tuple[int, int]:
+def _shrink_parts(inputs: int, most: int, most_parts: int) -> tuple[int, int]:
     """Parts of K for the shrink and the inputs that it reads at once: fewest rounds of loads, then most parts."""
-    blocks = {n: divisor(most, inputs // n) for n in range(1, MAX_SPLITS + 1) if inputs % n == 0}
+    blocks = {n: divisor(most, inputs // n) for n in range(1, most_parts + 1) if inputs % n == 0}
     splits = min(blocks, key=lambda n: (inputs // n // blocks[n], -n))
     return splits, blocks[splits]
 

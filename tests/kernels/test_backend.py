@@ -5,7 +5,7 @@ import torch
 from test_triton_ops import ERROR, HOSTS, PATHS, SHARDS, K, N, make
 
 from sgl_bdlora import graphs
-from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS
+from sgl_bdlora.kernels.device_batch import FUSED_TOKENS
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard
 
@@ -101,7 +101,7 @@ def test_every_rank_replays_the_same_graph(served):
         (mine, graphs.LORA, True),
     ):
         backend.agree(pool.get("small").shard, [mine, theirs])
-        backend._ops._last_adapters = None
+        backend._ops.batch._last_adapters = None
         ask(backend, pool, ["small"], [1])
         assert (backend.decode_graph, backend.replayable) == (kind, replayable)
 

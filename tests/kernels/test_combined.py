@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS, TritonOps
+from sgl_bdlora.kernels.device_batch import FUSED_TOKENS
+from sgl_bdlora.kernels.triton_ops import TritonOps
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
 
@@ -117,12 +118,12 @@ class Engine(NamedTuple):
     def ask(self, owners: list, graph: bool) -> None:
         """Set the batch: each row's adapter, None for the base model."""
         adapters = [self.pool.get(name) for name in RANKS if name in owners]
-        assert self.ops.takes(adapters)
-        assert self.ops.captures(adapters)
+        assert self.ops.batch.takes(adapters)
+        assert self.ops.batch.captures(adapters)
         place = {adapter.shard.name: i for i, adapter in enumerate(adapters)}
-        self.ops.set_batch(adapters, np.array([place.get(o, -1) for o in owners], dtype=np.int32), graph)
-        assert self.ops.combines
-        assert self.ops.replayable
+        self.ops.batch.fill(adapters, np.array([place.get(o, -1) for o in owners], dtype=np.int32), graph)
+        assert self.ops.batch.combines
+        assert self.ops.batch.replayable
 
 
 def engine(device, rank: int, ranks: Ranks, way: Way, max_rank: int = 0) -> Engine:
@@ -135,7 +136,7 @@ def engine(device, rank: int, ranks: Ranks, way: Way, max_rank: int = 0) -> Engi
     )
     ops = TritonOps(pool.arena, hosts(rank), 4, ranks)
     for name in SERVED:
-        ops.rows(pool.get(name).shard)
+        ops.known.rows(pool.get(name).shard)
     return Engine(ops.reserve(160, True, max_rank, way.shared), pool)
 
 
@@ -225,15 +226,15 @@ def test_graphs_have_room_for_so_many_columns(device):
     """Two slices of rank 40 are more than the least that is kept, unless such a rank is said to come."""
     ops, pool = engine(device, 0, Ranks(), Way())
     fits, wide = [pool.get("b")], [pool.get("wide")]
-    assert ops.takes(wide)
-    assert ops.captures(fits)
-    assert not ops.captures(wide)
-    ops.set_batch(fits, np.zeros(2, dtype=np.int32))
-    assert ops.replayable
-    ops.set_batch(wide, np.zeros(2, dtype=np.int32))
-    assert not ops.replayable
+    assert ops.batch.takes(wide)
+    assert ops.batch.captures(fits)
+    assert not ops.batch.captures(wide)
+    ops.batch.fill(fits, np.zeros(2, dtype=np.int32))
+    assert ops.batch.replayable
+    ops.batch.fill(wide, np.zeros(2, dtype=np.int32))
+    assert not ops.batch.replayable
     ops, pool = engine(device, 0, Ranks(), Way(), max_rank=RANKS["wide"])
     wide = [pool.get("wide")]
-    assert ops.captures(wide)
-    ops.set_batch(wide, np.zeros(2, dtype=np.int32))
-    assert ops.replayable
+    assert ops.batch.captures(wide)
+    ops.batch.fill(wide, np.zeros(2, dtype=np.int32))
+    assert ops.batch.replayable

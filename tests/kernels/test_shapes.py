@@ -45,7 +45,7 @@ def test_real_shapes(device, model, tp, dtype):
             here = [name for name in ADAPTERS if name in names]
             owners = np.array([-1 if o is None else here.index(o) for o in names], dtype=np.int32)
             many_rows = sum(ADAPTERS[name][0] for name in here) > FEW_ROWS
-            ops.set_batch([pool.get(name) for name in here], owners, static=True, many_rows=many_rows)
+            ops.batch.fill([pool.get(name) for name in here], owners, static=True, many_rows=many_rows)
             update = dense_update(shards, host, x, names)
             base = x.float() @ weight.float().T
             if ops.fuses(host.path, x, weight):

@@ -11,9 +11,10 @@ import triton.language as tl
 from benchmarks.kernels.common import without_shrink
 from sgl_bdlora.kernels import fused
 from sgl_bdlora.kernels.batch import make_batch
+from sgl_bdlora.kernels.device_batch import FUSED_TOKENS
 from sgl_bdlora.kernels.fused import TAGS, _tagged
 from sgl_bdlora.kernels.torch_ops import add_lora
-from sgl_bdlora.kernels.triton_ops import FUSED_TOKENS, TritonOps
+from sgl_bdlora.kernels.triton_ops import TritonOps
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
 
@@ -86,8 +87,8 @@ def case(engine, device, popularity: str, seed: int, static: bool = False):
     pool, ops = engine
     owners = [None if name is None else pool.get(name) for name in POPULARITY[popularity]]
     distinct = sorted({id(a): a for a in owners if a is not None}.values(), key=lambda a: a.number)
-    assert ops.takes(distinct)
-    ops.set_batch(distinct, np.array([-1 if a is None else distinct.index(a) for a in owners], dtype=np.int32), static)
+    assert ops.batch.takes(distinct)
+    ops.batch.fill(distinct, np.array([-1 if a is None else distinct.index(a) for a in owners], dtype=np.int32), static)
     batch = make_batch(owners, [1] * len(owners), torch.device("cpu"))
     x = torch.randn(len(owners), K, generator=torch.Generator().manual_seed(seed))
     return ops, batch, x.to(device, pool.arena.dtype)
@@ -208,7 +209,7 @@ def test_sums_of_long_ago_are_not_taken(engine, device, monkeypatch):
     weight = torch.zeros(sum(N), K).to(x)
     ops.linear(x, weight, None, PATHS[0])
     for _ in range(TAGS - 1):
-        ops.set_batch([], np.full(len(x), -1, dtype=np.int32), static=True)
+        ops.batch.fill([], np.full(len(x), -1, dtype=np.int32), static=True)
     ops, batch, x = case(engine, device, "identical", 11, static=True)
     monkeypatch.setattr(ops, "plans", {path: without_shrink(plan) for path, plan in ops.plans.items()})
     wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, PATHS[0])
