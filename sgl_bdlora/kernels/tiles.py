@@ -58,8 +58,8 @@ class Tiles:
     """block_n x block_k of W at a time in `stages` pipeline stages by `warps` warps; descriptor: through a tensor descriptor. early: inputs
     that are left when a tile asks for h and B, a multiple of block_k.
 
-    rows: rank rows of h and B at a time; those behind the first are asked for (late_stages - 1) // 2 times ahead. programs: blocks that compute h,
-    shrink_rows rank rows and shrink_k inputs at a time, K in `splits` parts.
+    rows: rank rows of h and B at a time; those behind the first are asked for (late_stages - 1) // 2 times ahead. programs: blocks that
+    compute h, shrink_rows rank rows and shrink_k inputs at a time, K in `splits` parts.
     """
 
     block_n: int
