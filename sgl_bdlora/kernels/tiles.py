@@ -36,8 +36,14 @@ LATE_STAGES = (3, 6)
 # Rows of the batch (a power of two) and whether it may have more than FEW_ROWS rank rows: what there are tiles for. At 128 rows with many
 # rank rows the separate kernels are as fast or faster.
 KINDS = ((16, False), (16, True), (32, False), (32, True), (64, False), (64, True), (128, False))
-# Rank rows of h at a time by rows of the batch, where there are many.
+# Where there are many rank rows: rank rows of h at a time by rows of the batch.
 _SHRINK_MANY = {16: 32, 32: 64, 64: 32}
+# There, three slices of h beside 64 rows of x, which are as many bytes as a tile's W by then: half the tiles, and blocks that compute h.
+_BUSY_FEWEST, _BUSY_MOST, _BUSY_ROWS = 60, 72, 64
+# There, numbers of x up to which h is computed in one part: half as much of h to read for every tile, and it is done in time.
+_ONE_PART = 2**17
+# There, shared memory of the product's block in layers of several slices, few rows: two blocks on a multiprocessor.
+_SHARED_PAIR = 80_000
 
 
 @dataclass(frozen=True)
@@ -81,24 +87,29 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
     widths = [n for n in WIDTHS if all(end % n == 0 for end in ends)]
     if not widths:
         return None
+    slices, multiprocessors = len(ends), device.multiprocessors
     # From 32 rows on x comes to as many bytes as W, so it pays to spread both over more blocks; few rank rows leave it to four.
-    fewest, multiprocessors = 4 if block_t > 16 and not many else FEWEST, device.multiprocessors
+    fewest, most, shrink_rows = 4 if block_t > 16 and not many else FEWEST, MOST, SHRINK_ROWS
+    if many:
+        shrink_rows = _SHRINK_MANY[block_t]
+        if block_t == 64 and slices == 3:
+            fewest, most, shrink_rows = _BUSY_FEWEST, _BUSY_MOST, _BUSY_ROWS
     block_n = next((n for n in widths if ends[-1] // n + fewest <= multiprocessors), widths[-1])
     blocks = ends[-1] // block_n
     block_k = divisor(256 if block_n <= 64 and block_t == 16 else 128, inputs)
-    programs = min(MOST, max(fewest, multiprocessors - blocks))
-    shrink_rows = 64 if programs < FEWEST else _SHRINK_MANY[block_t] if many else SHRINK_ROWS
-    most = device.loops // (SHRINK_STAGES * 2 * (block_t + shrink_rows))
-    # One part is half as much of h to read for every tile; where it would be the last to be done, two.
-    splits = 1 if many and block_t <= 32 and len(ends) < 3 else MAX_SPLITS
-    splits, shrink_k = _shrink_parts(inputs, min(256 if block_t == 16 else 128, power_of_two(most)), splits)
+    programs = min(most, max(fewest, multiprocessors - blocks))
+    if programs < FEWEST:
+        shrink_rows = 64
+    parts = 1 if many and slices < 3 and block_t * inputs <= _ONE_PART else MAX_SPLITS
+    room = device.loops // (SHRINK_STAGES * 2 * (block_t + shrink_rows))
+    splits, shrink_k = _shrink_parts(inputs, min(256 if block_t == 16 else 128, power_of_two(room)), parts)
     if min(block_k, shrink_k) < 16:
         return None
-    shared = min(SHARED, device.loops)
+    shared = min(_SHARED_PAIR if many and slices > 1 and block_t == 16 else SHARED, device.loops)
     if blocks + fewest > multiprocessors:
         shared = shared * 2 // 3
     rows = _rows(block_t, block_n, many)
-    late_stages = LATE_STAGES[rows <= 32]
+    late_stages = LATE_STAGES[many and rows <= 32]
     while rows > 16 and (late_stages - 1) * rows * (2 * block_n + 8 * block_t) > device.loops:
         rows //= 2
     return Tiles(
