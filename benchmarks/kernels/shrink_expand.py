@@ -25,7 +25,7 @@ from benchmarks.kernels.shapes import MODELS, hosts
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.batch import AdapterSet, Batch
 from sgl_bdlora.kernels.device_batch import FUSED_TOKENS
-from sgl_bdlora.kernels.tiles import FEW_ROWS
+from sgl_bdlora.kernels.tiles import few_rows
 from sgl_bdlora.kernels.torch_ops import add_lora
 from sgl_bdlora.sharding import HostLayer
 
@@ -105,8 +105,10 @@ def main(argv: list[str] | None = None) -> int:
         weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
         batch = Batch(AdapterSet(residents[:count]), torch.from_numpy(owners).long().cuda())
 
-        def before(static: bool, count=count, owners=owners):
-            ops.batch.fill(residents[:count], owners, static, many_rows=count * args.rank > FEW_ROWS)
+        many_rows = count * args.rank > few_rows(tokens)
+
+        def before(static: bool, count=count, owners=owners, many_rows=many_rows):
+            ops.batch.fill(residents[:count], owners, static, many_rows=many_rows)
             flush.zero_()
 
         def timed(run: Callable[[], None], static: bool = True, before=before) -> float:

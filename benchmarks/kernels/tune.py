@@ -5,7 +5,7 @@
     for layer in qkv_proj o_proj gate_up_proj down_proj; do python -m benchmarks.kernels.tune --only $layer --turns /tmp/turns & done; wait
 
 A mix is adapters x local rank; rows of the batch take turns with the adapters. Mixes with few rank rows have tiles of their own, those with
-many too (tiles.py: FEW_ROWS), so each kind is swept for all its mixes at once, best by the mean of times over the served ones. The parts
+many too (tiles.py: few_rows), so each kind is swept for all its mixes at once, best by the mean of times over the served ones. The parts
 of a Tiles are swept one after another, each in full, with the best found so far of the others:
 
     h         programs that compute h, rank rows and inputs of theirs at a time, parts of K
@@ -37,7 +37,7 @@ from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
 from benchmarks.kernels.shapes import hosts
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.device_batch import PADDING
-from sgl_bdlora.kernels.tiles import FEW_ROWS, MAX_SPLITS, SHRINK_STAGES, WIDTHS, Tiles
+from sgl_bdlora.kernels.tiles import MAX_SPLITS, SHRINK_STAGES, WIDTHS, Tiles, few_rows
 from sgl_bdlora.kernels.triton_ops import Plan
 
 LAYERS = 32
@@ -147,7 +147,7 @@ class Layer:
 
 def kind_of(mix: tuple[int, int], tokens: int) -> tuple[int, bool]:
     """tiles.py: KINDS."""
-    return max(16, triton.next_power_of_2(tokens)), min(mix[0], tokens) * mix[1] > FEW_ROWS
+    return max(16, triton.next_power_of_2(tokens)), min(mix[0], tokens) * mix[1] > few_rows(tokens)
 
 
 def sweep(

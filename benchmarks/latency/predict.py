@@ -9,20 +9,28 @@ microseconds for each of a layer's products. A step is the product of lm_head an
     sum over its four products of (start + bytes / tp / bandwidth)  +  2 all-reduces  +  the rest  +  what the arm adds
 
 start and bandwidth come from a line through the products; the rest (attention, norms, sampling by layers) is what no-lora leaves over at
-each batch; what an arm adds is its step less no-lora's. Assumed, not measured: one small all-reduce takes ALL_REDUCE_US microseconds,
-S-LoRA has four more a layer, and all else that an arm adds to a layer is the same at every size. What a step costs once, however many
-layers there are, counts as theirs: a model measured with fewer layers than it has is predicted slower than it will be.
+each batch; what an arm adds is its step less no-lora's. What arms without collectives of their own (replicated, block-diagonal) add is a
+function of the rank rows that the batch's adapters have on a rank (sgl_bdlora/kernels/rows.py), drawn through all of their points at a
+batch: at another size plain adapters have as many, while block-diagonal ones are matched anew, with a block for every rank, and have
+fewer. How well rank rows alone explain the points is printed: the error of each from the line through the others.
+
+Assumed, not measured: one small all-reduce takes ALL_REDUCE_US microseconds, S-LoRA has four more a layer, and what else S-LoRA adds, and
+what so many rank rows add, is the same at every size. What a step costs once, however many layers there are, counts as theirs: a model
+measured with fewer layers than it has is predicted slower than it will be.
 """
 
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.files import LLAMA_8B, LLAMA_70B, Shape
+from benchmarks.files import LLAMA_8B, LLAMA_70B, Shape, matched_rank, parameters
+from benchmarks.latency.mixes import mix
 from benchmarks.record import RESULTS, Rows, read_rows
+from sgl_bdlora.kernels.rows import TOGETHER
 
 # One-shot, through NVLink, of a few kilobytes: 2.5 at TP 2 (a profile, docs/performance.md); a rank reads tp - 1 others.
 ALL_REDUCE_US = {1: 0.0, 2: 2.5, 4: 3.5, 8: 5.0}
@@ -48,22 +56,58 @@ def line(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
+class Arm:
+    """What a step is computed with. ratio: wanted, of block-diagonal adapters' parameters by the mix's plain ones'; None of plain ones."""
+
+    name: str
+    mix: str
+    ratio: float | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether it adds no collective."""
+        return self.name in ("replicated", "block-diagonal")
+
+    def ranks(self, shape: Shape, tp: int) -> list[int]:
+        """Of its adapters."""
+        plain = mix(self.mix).ranks
+        return list(plain) if self.ratio is None else [matched_rank(shape, rank, tp, self.ratio) for rank in plain]
+
+    def params_ratio(self, shape: Shape, tp: int) -> float:
+        if self.ratio is None:
+            return 1.0
+        have = sum(parameters(shape, rank, tp) for rank in self.ranks(shape, tp))
+        return have / sum(parameters(shape, rank, None) for rank in mix(self.mix).ranks)
+
+    def rank_rows(self, shape: Shape, tp: int, batch: int) -> int:
+        """Of a layer on a rank, in a batch whose requests take turns with the adapters."""
+        blocks = 1 if self.ratio is None else tp
+        return sum(-(-rank // blocks // TOGETHER) * TOGETHER for rank in self.ranks(shape, tp)[:batch])
+
+
+@dataclass(frozen=True)
 class Model:
-    """Microseconds of a decoder layer. rest: by batch; added: by (arm, mix, parameters, batch)."""
+    """Microseconds of a decoder layer.
+
+    rest: by batch. local: (rank rows, what they add), by batch, ascending. added: by arm and batch, of the arms with collectives.
+    """
 
     tp: int
     start: float
     per_byte: float
     rest: dict[int, float]
-    added: dict[tuple, float]
+    local: dict[int, list[tuple[int, float]]]
+    added: dict[tuple[Arm, int], float]
 
-    def step_ms(self, shape: Shape, tp: int, batch: int, arm: tuple | None = None) -> float:
-        """arm: (arm, mix, parameters); None: without LoRA."""
+    def step_ms(self, shape: Shape, tp: int, batch: int, arm: Arm | None = None) -> float:
+        """arm: None: without LoRA."""
         layer = sum(self._product(product_bytes(shape, name), tp) for name in PRODUCTS)
         layer += BASE_COLLECTIVES * ALL_REDUCE_US[tp] + self.rest[batch]
-        if arm is not None:
-            layer += self.added[(*arm, batch)]
-            if arm[0] == "s-lora":
+        if arm is not None and arm.local:
+            layer += through(self.local[batch], arm.rank_rows(shape, tp, batch))
+        elif arm is not None:
+            layer += self.added[arm, batch]
+            if arm.name == "s-lora":
                 layer += S_LORA_COLLECTIVES * (ALL_REDUCE_US[tp] - ALL_REDUCE_US[self.tp])
         return (shape.layers * layer + self._product(2 * shape.vocab * shape.hidden, tp)) / 1e3
 
@@ -71,8 +115,17 @@ class Model:
         return self.start + self.per_byte * size / tp
 
 
-def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape]:
-    """From rows of the latency benchmark and of the tuning benchmark at one size: the step's model, and the whole language model's shape.
+def through(points: Sequence[tuple[int, float]], x: int) -> float:
+    """y at x of the line through the points, straight between two and beyond the last, level before the first."""
+    if len(points) == 1 or x <= points[0][0]:
+        return points[0][1]
+    (x0, y0), (x1, y1) = next((pair for pair in pairwise(points) if x <= pair[1][0]), points[-2:])
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape, list[Arm]]:
+    """From rows of the latency benchmark and of the tuning benchmark at one size: the step's model, the whole language model's shape, and
+    the arms that were measured.
 
     Raises ValueError where rows are missing.
     """
@@ -83,6 +136,8 @@ def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape]:
     models = {(row["model"], row["layers"]) for row in points}
     if len(models) != 1 or not MODELS.keys() >= {name for name, _ in models}:
         raise ValueError(f"rows of one model of {', '.join(MODELS)} are needed, not of {sorted(models)}")
+    if changed := {row["modules"] for row in points} - {"all"}:
+        raise ValueError(f"rows of adapters of all modules are needed, not of {', '.join(sorted(changed))}")
     (tp,), ((name, layers),) = sizes, models
     shape = replace(MODELS[name], layers=layers)
     cublas = {(row["layer"], row["tokens"]): row["cublas_us"] for row in products}
@@ -90,22 +145,43 @@ def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape]:
         raise ValueError(f"the products' rows have {sorted({name for name, _ in cublas})} of {sorted(PRODUCTS)}")
     # The products' rows are of one model; a line through them holds for all sizes.
     start, per_byte = line((product_bytes(LLAMA_8B, name) / tp, us) for (name, _), us in cublas.items())
-    bare = Model(tp, start, per_byte, dict.fromkeys({row["batch"] for row in points}, 0.0), {})
-    by_layer: dict[tuple, list[float]] = {}
-    for row in points:
-        arm = (row["arm"], row["mix"], row["params_ratio"] and round(row["params_ratio"], 2))
-        key = ("no-lora",) if row["arm"] == "no-lora" else arm
-        by_layer.setdefault((*key, row["batch"]), []).append(row["decode_ms"] * 1e3 / layers)
-    step = {key: statistics.mean(values) for key, values in by_layer.items()}
-    if missing := sorted({key[-1] for key in step} - {key[-1] for key in step if key[0] == "no-lora"}):
+    bare = Model(tp, start, per_byte, dict.fromkeys({row["batch"] for row in points}, 0.0), {}, {})
+    step = _means(((arm_of(row), row["batch"]), row["decode_ms"] * 1e3 / layers) for row in points)
+    without = {batch: us for (arm, batch), us in step.items() if arm is None}
+    if missing := sorted({batch for _, batch in step} - set(without)):
         raise ValueError(f"rows of the arm no-lora are missing at batch {', '.join(map(str, missing))}")
-    rest = {
-        batch: us - bare.step_ms(shape, tp, batch) * 1e3 / layers
-        for (arm, *_, batch), us in step.items()
-        if arm == "no-lora"
+    rest = {batch: us - bare.step_ms(shape, tp, batch) * 1e3 / layers for batch, us in without.items()}
+    added = {(arm, batch): us - without[batch] for (arm, batch), us in step.items() if arm is not None}
+    local = {
+        batch: sorted(
+            _means(
+                (arm.rank_rows(shape, tp, batch), us) for (arm, at), us in added.items() if arm.local and at == batch
+            ).items()
+        )
+        for batch in without
     }
-    added = {key: us - step["no-lora", key[-1]] for key, us in step.items() if key[0] != "no-lora"}
-    return Model(tp, start, per_byte, rest, added), MODELS[name]
+    others = {key: us for key, us in added.items() if not key[0].local}
+    return Model(tp, start, per_byte, rest, local, others), MODELS[name], list(dict.fromkeys(arm for arm, _ in added))
+
+
+def arm_of(row: dict) -> Arm | None:
+    """Of a point; None without LoRA."""
+    return None if row["arm"] == "no-lora" else Arm(row["arm"], row["mix"], row["wanted_ratio"])
+
+
+def _means(pairs: Iterable[tuple[Hashable, float]]) -> dict:
+    values: dict = {}
+    for key, value in pairs:
+        values.setdefault(key, []).append(value)
+    return {key: statistics.mean(of) for key, of in values.items()}
+
+
+def unexplained(points: Sequence[tuple[int, float]]) -> float:
+    """The largest difference of a point from the line through the others, the first and the last left out; 0 of fewer than three."""
+    left = (
+        abs(through([*points[:i], *points[i + 1 :]], points[i][0]) - points[i][1]) for i in range(1, len(points) - 1)
+    )
+    return max(left, default=0.0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,40 +204,47 @@ def main(argv: list[str] | None = None) -> int:
         fitted = {path: fit(read_rows(path), read_rows(args.products)) for path in args.measured}
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    for path, (model, measured) in fitted.items():
+    for path, (model, measured, arms) in fitted.items():
         shape = {None: measured, "8b": LLAMA_8B, "70b": LLAMA_70B}[args.model]
         shape = replace(shape, layers=args.layers or shape.layers)
         rows = Rows(args.output, benchmark="prediction", measured=path.name, products=args.products.name)
-        _predict(model, shape, args.tp, rows)
+        _predict(model, shape, args.tp, arms, rows)
     print(args.output)
     return 0
 
 
-def _predict(model: Model, shape: Shape, sizes: Iterable[int], rows: Rows) -> None:
+def _predict(model: Model, shape: Shape, sizes: Iterable[int], arms: Sequence[Arm], rows: Rows) -> None:
     print(
         f"{shape.name}: a product {model.start:.2f} us and its bytes at {1e-6 / model.per_byte:.2f} TB/s; the rest of a layer "
         + ", ".join(f"{us:.1f} us at batch {batch}" for batch, us in sorted(model.rest.items()))
     )
+    for batch, points in sorted(model.local.items()):
+        drawn = ", ".join(f"{count}: {us:.1f}" for count, us in points)
+        print(
+            f"added by rank rows, us a layer, batch {batch}: {drawn}; at most {unexplained(points):.1f} us unexplained"
+        )
     for tp in sizes:
         for batch in sorted(model.rest):
             without = model.step_ms(shape, tp, batch)
             print(f"{shape.name}, TP {tp}, batch {batch}: no-lora {without:.2f} ms")
             rows.write(model=shape.name, tp=tp, batch=batch, arm="no-lora", decode_ms=without)
-            for *arm, at in model.added:
-                if at != batch:
+            for arm in arms:
+                if not arm.local and (arm, batch) not in model.added:
                     continue
-                step = model.step_ms(shape, tp, batch, tuple(arm))
+                step, ratio = model.step_ms(shape, tp, batch, arm), arm.params_ratio(shape, tp)
+                about = {"rank_rows": arm.rank_rows(shape, tp, batch)} if arm.local else {}
                 rows.write(
                     model=shape.name,
                     tp=tp,
                     batch=batch,
-                    arm=arm[0],
-                    mix=arm[1],
-                    params_ratio=arm[2],
+                    arm=arm.name,
+                    mix=arm.mix,
+                    params_ratio=ratio,
                     decode_ms=step,
+                    **about,
                 )
-                ratio = f" {arm[2]:.2f}x" if arm[2] else ""
-                print(f"  {arm[0] + ratio + ' ' + arm[1]:<32} {step:6.2f} ms  {step / without:.2f}x")
+                told = "".join(f", {count} rank rows" for count in about.values())
+                print(f"  {f'{arm.name} {ratio:.2f}x {arm.mix}{told}':<48} {step:6.2f} ms  {step / without:.2f}x")
 
 
 if __name__ == "__main__":

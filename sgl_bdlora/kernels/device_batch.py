@@ -9,7 +9,7 @@ import triton
 from sgl_bdlora.kernels.fused import TAGS
 from sgl_bdlora.kernels.rows import FIELDS, SLICES, KnownAdapters, RankRows, block_starts, most_rows, table_of
 from sgl_bdlora.kernels.separate import TILE_FIELDS, most_tiles, order_of, tiles_of
-from sgl_bdlora.kernels.tiles import FEW_ROWS, MAX_SPLITS
+from sgl_bdlora.kernels.tiles import MAX_SPLITS, few_rows
 from sgl_bdlora.memory_pool import Resident
 
 # Rank rows that a kernel reads at once, at most: tables are filled up to a multiple, for what stands behind them is of an older batch.
@@ -84,7 +84,7 @@ class DeviceBatch:
     For the launches:
         local, shrinks, expands: tables of what AdapterRows names so; the last two None without `combined`. owners: Owners. words: h of the
         linear kernel. static: launch as a graph has to, whatever the batch. combines: whether the batch has pieces that are put together
-        over the ranks. for_many_rows: whether to launch as for more than FEW_ROWS rank rows.
+        over the ranks. for_many_rows: whether to launch as for many rank rows.
     """
 
     def __init__(
@@ -145,8 +145,8 @@ class DeviceBatch:
 
     @property
     def many_rows(self) -> bool:
-        """Whether the current batch may have more than FEW_ROWS local rank rows in a layer, on any rank."""
-        return self._rank_rows > FEW_ROWS
+        """Whether the current batch may have many local rank rows in a layer (tiles.few_rows), on any rank."""
+        return self._rank_rows > few_rows(len(self._last_owners))
 
     @property
     def replayable(self) -> bool:
@@ -168,7 +168,7 @@ class DeviceBatch:
 
         adapters: distinct, `takes` is true for them. owners: (rows,) int32, each row's adapter as its place among them, -1 for the base
         model. static: launch as a graph has to, whatever the batch. combining: the graph being captured takes combined pieces too.
-        many_rows: it is for batches of more than FEW_ROWS rank rows too.
+        many_rows: it is for batches of many rank rows too.
         """
         adapters = tuple(adapters)
         self.static = static
@@ -189,9 +189,9 @@ class DeviceBatch:
             if self._static_combined is not None:
                 # Columns of other ranks have to be zero.
                 self._static_combined.zero_()
+        self._last_adapters, self._last_owners = adapters, owners.copy()
         self.combines = combining or self._combined_width > 0
         self.for_many_rows = many_rows if static else self.many_rows
-        self._last_adapters, self._last_owners = adapters, owners.copy()
         # Distinct tags for all launches of this step and the last.
         self._first_tag = (self._first_tag + len(self._known.index)) % TAGS
         self.owners = self._static_owners

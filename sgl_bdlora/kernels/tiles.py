@@ -17,8 +17,10 @@ from dataclasses import dataclass
 
 # Blocks that compute h: at least, where the tiles leave so many places, and at most.
 FEWEST, MOST = 12, 36
-# Rank rows that four blocks compute in one round: two parts of K, 64 rows each.
+# Rank rows up to which a batch has few: that four blocks compute in one round, two parts of K, 64 rows each.
 FEW_ROWS = 128
+# And in a batch of up to 16 rows, whose tiles take so many at a time.
+FEWER_ROWS = 64
 # Shared memory that the product of one block may use, bytes; two thirds where several blocks come to a multiprocessor.
 SHARED = 147_000
 # Of a block's shared memory, what its loops leave to the rest.
@@ -33,7 +35,7 @@ MAX_SPLITS = 2
 EARLY = 512
 # Pipeline stages of the rank rows behind a tile's first, where it takes many at a time and where few.
 LATE_STAGES = (3, 6)
-# Rows of the batch (a power of two) and whether it may have more than FEW_ROWS rank rows: what there are tiles for. At 128 rows with many
+# Rows of the batch (a power of two) and whether it may have more than `few_rows` rank rows: what there are tiles for. At 128 rows with many
 # rank rows the separate kernels are as fast or faster.
 KINDS = ((16, False), (16, True), (32, False), (32, True), (64, False), (64, True), (128, False))
 # Where there are many rank rows: rank rows of h at a time by rows of the batch.
@@ -129,13 +131,18 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
     )
 
 
+def few_rows(tokens: int) -> int:
+    """Rank rows up to which a batch of so many rows has few."""
+    return FEWER_ROWS if tokens <= KINDS[0][0] else FEW_ROWS
+
+
 def _rows(block_t: int, block_n: int, many: bool) -> int:
     """As many as leave registers for h."""
     if block_t == 128:
         return 16 if block_n >= 128 else 32
     if block_t == 64 or (many and block_t == 32):
         return 32
-    return 128 if many and block_n < 128 else 64
+    return 128 if many and block_n < 128 else FEWER_ROWS
 
 
 def _shrink_parts(inputs: int, most: int, most_parts: int) -> tuple[int, int]:

@@ -82,8 +82,14 @@ def test_graphs_for_many_rank_rows(served):
     """Up to 128 rows: beyond, and where adapters have few, there is one kind."""
     backend, pool, *_ = served
     assert [backend.further_graphs(rows) for rows in (8, 64, 100, 129)] == [(graphs.MANY_ROWS,)] * 3 + [()]
-    for names, kind in ((["plain", None], graphs.LORA), (["large", "plain"], graphs.MANY_ROWS)):
-        ask(backend, pool, names, [1, 1])
+    # "large" has 128 rank rows.
+    for names, lengths, kind in (
+        (["plain", None], [1, 1], graphs.LORA),
+        (["large", None], [8, 8], graphs.MANY_ROWS),
+        (["large", None], [8, 9], graphs.LORA),
+        (["large", "plain"], [16, 16], graphs.MANY_ROWS),
+    ):
+        ask(backend, pool, names, lengths)
         assert backend.decode_graph == kind
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.kernels.shapes import MODELS, hosts, shard
-from sgl_bdlora.kernels.tiles import FEW_ROWS
+from sgl_bdlora.kernels.tiles import few_rows
 from sgl_bdlora.kernels.triton_ops import TritonOps
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard, HostLayer
@@ -44,7 +44,7 @@ def test_real_shapes(device, model, tp, dtype):
             x = torch.randn(len(names), k, device=device).to(dtype)
             here = [name for name in ADAPTERS if name in names]
             owners = np.array([-1 if o is None else here.index(o) for o in names], dtype=np.int32)
-            many_rows = sum(ADAPTERS[name][0] for name in here) > FEW_ROWS
+            many_rows = sum(ADAPTERS[name][0] for name in here) > few_rows(len(owners))
             ops.batch.fill([pool.get(name) for name in here], owners, static=True, many_rows=many_rows)
             update = dense_update(shards, host, x, names)
             base = x.float() @ weight.float().T

@@ -437,7 +437,7 @@ def test_mixes_are_read():
 
 def test_prediction_gives_back_what_it_was_fitted_on():
     from benchmarks.files import LLAMA_8B, LLAMA_70B
-    from benchmarks.latency.predict import ALL_REDUCE_US, PRODUCTS, fit, product_bytes
+    from benchmarks.latency.predict import ALL_REDUCE_US, PRODUCTS, Arm, fit, product_bytes
 
     products = [
         {"tp": 2, "layer": name, "tokens": 8, "cublas_us": 5 + product_bytes(LLAMA_8B, name) / 2 / 4e6}
@@ -450,33 +450,84 @@ def test_prediction_gives_back_what_it_was_fitted_on():
         "layers": 32,
         "batch": 8,
         "output_len": 128,
-        "params_ratio": None,
+        "modules": "all",
+        "mix": "16x4",
+        "wanted_ratio": None,
     }
-    bd, s_lora = ("block-diagonal", "16x4", 1.01), ("s-lora", "16x4", 1.0)
+    bd, plain, s_lora = Arm("block-diagonal", "16x4", 1.0), Arm("replicated", "64x4"), Arm("s-lora", "16x4")
     measured = [
-        {**point, "arm": "no-lora", "mix": "16x4", "decode_ms": 3.2},
-        {**point, "arm": bd[0], "mix": bd[1], "params_ratio": bd[2], "decode_ms": 3.5},
-        {**point, "arm": s_lora[0], "mix": s_lora[1], "params_ratio": s_lora[2], "decode_ms": 6.0},
+        {**point, "arm": "no-lora", "decode_ms": 3.2},
+        {**point, "arm": bd.name, "wanted_ratio": 1.0, "decode_ms": 3.5},
+        {**point, "arm": plain.name, "mix": plain.mix, "decode_ms": 4.0},
+        {**point, "arm": s_lora.name, "decode_ms": 6.0},
     ]
-    model, shape = fit(measured, products)
-    assert shape == LLAMA_8B
+    model, shape, arms = fit(measured, products)
+    assert (shape, arms) == (LLAMA_8B, [bd, plain, s_lora])
     assert (model.start, 1 / model.per_byte) == pytest.approx((5, 4e6))
-    steps = [model.step_ms(LLAMA_8B, 2, 8, arm) for arm in (None, bd, s_lora)]
-    assert steps == pytest.approx([3.2, 3.5, 6.0])
+    steps = [model.step_ms(LLAMA_8B, 2, 8, arm) for arm in (None, bd, plain, s_lora)]
+    assert steps == pytest.approx([3.2, 3.5, 4.0, 6.0])
     # Half of the bytes, and the collectives of the base model and of S-LoRA.
     weights = sum(product_bytes(LLAMA_8B, name) for name in PRODUCTS) * 32 + 2 * LLAMA_8B.vocab * LLAMA_8B.hidden
     saved = weights / 4 / 4e9 - 64 * (ALL_REDUCE_US[4] - ALL_REDUCE_US[2]) / 1e3
     assert model.step_ms(LLAMA_8B, 4, 8) == pytest.approx(3.2 - saved)
     four = 4 * 32 * (ALL_REDUCE_US[4] - ALL_REDUCE_US[2]) / 1e3
     assert model.step_ms(LLAMA_8B, 4, 8, s_lora) == pytest.approx(6.0 - saved + four)
+    # Half way between 48 rank rows and 256; a plain adapter has as many at every size.
+    between = Arm("replicated", "38x4")
+    assert [arm.rank_rows(LLAMA_8B, 2, 8) for arm in (bd, between, plain)] == [48, 160, 256]
+    assert model.step_ms(LLAMA_8B, 2, 8, between) == pytest.approx(3.5 + 0.5 * (160 - 48) / (256 - 48))
+    assert model.step_ms(LLAMA_8B, 4, 8, plain) == pytest.approx(4.0 - saved)
     with pytest.raises(ValueError, match="one tensor-parallel size"):
         fit([{**row, "tp": 4} for row in measured], products)
     with pytest.raises(ValueError, match="one model"):
         fit([*measured, {**measured[0], "model": LLAMA_70B.name}], products)
+    with pytest.raises(ValueError, match="all modules are needed, not of attention"):
+        fit([{**row, "modules": "attention"} for row in measured], products)
     # Measured with a quarter of its layers: four times the layers' part, and lm_head once.
-    part, whole = fit([{**row, "model": LLAMA_70B.name, "layers": 20} for row in measured], products)
+    part, whole, _ = fit([{**row, "model": LLAMA_70B.name, "layers": 20} for row in measured], products)
     head = part.step_ms(replace(whole, layers=0), 2, 8)
     assert part.step_ms(whole, 2, 8) == pytest.approx(4 * (3.2 - head) + head)
+
+
+def test_predicted_arms_have_the_rank_rows_of_their_size():
+    """Parameters of 0.85 of a plain adapter's: a block for every rank, filled up to four rows; a batch of two has two adapters."""
+    from benchmarks.files import LLAMA_8B, matched_rank
+    from benchmarks.latency.predict import Arm, through, unexplained
+
+    arm = Arm("block-diagonal", "128x4", 0.85)
+    assert [matched_rank(LLAMA_8B, 128, tp, 0.85) for tp in (2, 8)] == [162, 256]
+    assert [arm.rank_rows(LLAMA_8B, tp, 8) for tp in (2, 8)] == [4 * 84, 4 * 32]
+    assert arm.rank_rows(LLAMA_8B, 2, 2) == 2 * 84
+    assert arm.params_ratio(LLAMA_8B, 8) == pytest.approx(0.85, abs=0.02)
+    points = [(48, 7.0), (64, 8.0), (128, 20.0)]
+    assert [through(points, x) for x in (4, 48, 56, 96, 160)] == [7, 7, 7.5, 14, 26]
+    assert unexplained(points) == pytest.approx(7 + 13 * 16 / 80 - 8)
+    assert unexplained(points[:2]) == 0
+
+
+def test_a_sweep_takes_the_best_of_each_part(capsys):
+    from benchmarks.kernels.shapes import hosts
+    from benchmarks.kernels.tune import sweep
+    from sgl_bdlora.kernels.tiles import Device
+    from sgl_bdlora.kernels.triton_ops import plan_for
+
+    class Layer:
+        plan = plan_for(hosts("8b", 2, 1)[0], Device(132, 232_448))
+
+        def around(self, tokens):
+            return 1.0
+
+        def served(self, mix, tokens, tiles):
+            return (
+                11 + mix[0] + abs(tiles.programs - 68) / 8 + abs(tiles.late_stages - 6) + abs(tiles.block_n - 64) / 32
+            )
+
+    told = []
+    sweep(Layer(), [(4, 40), (8, 40)], 8, ["h", "rest"], {"block_n": 16}, lambda *row: told.append(row))
+    best = min(told, key=lambda row: row[1])
+    assert (best[2].programs, best[2].late_stages, best[2].block_n) == (68, 6, 16)
+    assert [row[0] for row in told[:4]] == [(4, 40), (8, 40)] * 2
+    assert "after rest: Tiles(block_n=16, " in capsys.readouterr().out
 
 
 def test_lengths_may_name_one_batch():
