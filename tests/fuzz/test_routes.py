@@ -57,6 +57,7 @@ def tame(value):
         "max_tokens": 8,
         "max_completion_tokens": 8,
         "max_output_tokens": 8,
+        "num_predict": 8,
         "n": 4,
         "best_of": 4,
     }
@@ -82,6 +83,8 @@ USUAL = st.fixed_dictionaries(
         "lora_name": NAMES,
         "sampling_params": st.fixed_dictionaries({"max_new_tokens": st.integers(-1, 4)}),
         "max_tokens": st.integers(-1, 4),
+        # Without it SGLang's Ollama routes ask for 2048 tokens, more than the tiny model's context.
+        "options": st.fixed_dictionaries({"num_predict": st.integers(-1, 4)}),
         "stream": st.booleans(),
     },
 )
