@@ -28,7 +28,7 @@ SKILLS = {
 }
 GENERAL = (
     "How do I make tea?",
-    "What is the capital of Italy?",
+    "What is the capital of France?",
     "Tell me about the sea.",
     "Why is the sky blue?",
 )
