@@ -37,6 +37,7 @@ from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
 from benchmarks.kernels.shapes import hosts
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.device_batch import PADDING
+from sgl_bdlora.kernels.rows import filled
 from sgl_bdlora.kernels.tiles import MAX_SPLITS, SHRINK_STAGES, WIDTHS, Tiles, few_rows
 from sgl_bdlora.kernels.triton_ops import Plan
 
@@ -147,7 +148,7 @@ class Layer:
 
 def kind_of(mix: tuple[int, int], tokens: int) -> tuple[int, bool]:
     """tiles.py: KINDS."""
-    return max(16, triton.next_power_of_2(tokens)), min(mix[0], tokens) * mix[1] > few_rows(tokens)
+    return max(16, triton.next_power_of_2(tokens)), min(mix[0], tokens) * filled(mix[1]) > few_rows(tokens)
 
 
 def sweep(

@@ -30,7 +30,7 @@ from pathlib import Path
 from benchmarks.files import LLAMA_8B, LLAMA_70B, Shape, matched_rank, parameters
 from benchmarks.latency.mixes import mix
 from benchmarks.record import RESULTS, Rows, read_rows
-from sgl_bdlora.kernels.rows import TOGETHER
+from sgl_bdlora.kernels.rows import filled
 
 # One-shot, through NVLink, of a few kilobytes: 2.5 at TP 2 (a profile, docs/performance.md); a rank reads tp - 1 others.
 ALL_REDUCE_US = {1: 0.0, 2: 2.5, 4: 3.5, 8: 5.0}
@@ -82,7 +82,7 @@ class Arm:
     def rank_rows(self, shape: Shape, tp: int, batch: int) -> int:
         """Of a layer on a rank, in a batch whose requests take turns with the adapters."""
         blocks = 1 if self.ratio is None else tp
-        return sum(-(-rank // blocks // TOGETHER) * TOGETHER for rank in self.ranks(shape, tp)[:batch])
+        return sum(filled(rank // blocks) for rank in self.ranks(shape, tp)[:batch])
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _predict(model: Model, shape: Shape, sizes: Iterable[int], arms: Sequence[Ar
             print(f"{shape.name}, TP {tp}, batch {batch}: no-lora {without:.2f} ms")
             rows.write(model=shape.name, tp=tp, batch=batch, arm="no-lora", decode_ms=without)
             for arm in arms:
-                if not arm.local and (arm, batch) not in model.added:
+                if not (model.local[batch] if arm.local else (arm, batch) in model.added):
                     continue
                 step, ratio = model.step_ms(shape, tp, batch, arm), arm.params_ratio(shape, tp)
                 about = {"rank_rows": arm.rank_rows(shape, tp, batch)} if arm.local else {}

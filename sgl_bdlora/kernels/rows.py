@@ -33,6 +33,11 @@ TOGETHER = 4
 _NO_OWNER = -2 & 0xFFFFFFFF
 
 
+def filled(rank: int) -> int:
+    """Local rank rows that a slice takes which has so many ranks."""
+    return -(-rank // TOGETHER) * TOGETHER
+
+
 class NoRankRows(ValueError):
     """The adapter has pieces that are not rank rows: in other layers, or not aligned to vector loads."""
 

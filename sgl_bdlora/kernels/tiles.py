@@ -94,7 +94,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
     fewest, most, shrink_rows = 4 if block_t > 16 and not many else FEWEST, MOST, SHRINK_ROWS
     if many:
         shrink_rows = _SHRINK_MANY[block_t]
-        if block_t == 64 and slices == 3:
+        if block_t == 64 and slices == 3 and ends[-1] // widths[-1] + _BUSY_FEWEST <= multiprocessors:
             fewest, most, shrink_rows = _BUSY_FEWEST, _BUSY_MOST, _BUSY_ROWS
     block_n = next((n for n in widths if ends[-1] // n + fewest <= multiprocessors), widths[-1])
     blocks = ends[-1] // block_n
@@ -107,9 +107,12 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
     splits, shrink_k = _shrink_parts(inputs, min(256 if block_t == 16 else 128, power_of_two(room)), parts)
     if min(block_k, shrink_k) < 16:
         return None
-    shared = min(_SHARED_PAIR if many and slices > 1 and block_t == 16 else SHARED, device.loops)
+    shared = min(SHARED, device.loops)
     if blocks + fewest > multiprocessors:
         shared = shared * 2 // 3
+    buffer = (block_t + block_n) * block_k * 2
+    if many and slices > 1 and block_t == 16 and 2 * buffer <= _SHARED_PAIR:
+        shared = min(shared, _SHARED_PAIR)
     rows = _rows(block_t, block_n, many)
     late_stages = LATE_STAGES[many and rows <= 32]
     while rows > 16 and (late_stages - 1) * rows * (2 * block_n + 8 * block_t) > device.loops:
@@ -117,8 +120,8 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
     return Tiles(
         block_n,
         block_k,
-        # One more than buffers of 16-bit numbers.
-        stages=max(2, min(6, shared // ((block_t + block_n) * block_k * 2) + 1)),
+        # One more than buffers.
+        stages=max(2, min(6, shared // buffer + 1)),
         warps=8 if block_n >= 128 or block_t == 128 else 4,
         descriptor=block_n == 64 and block_t == 16,
         early=min(EARLY, inputs) // block_k * block_k,
@@ -146,9 +149,9 @@ def _rows(block_t: int, block_n: int, many: bool) -> int:
 
 
 def _shrink_parts(inputs: int, most: int, most_parts: int) -> tuple[int, int]:
-    """Parts of K for the shrink and the inputs that it reads at once: fewest rounds of loads, then most parts."""
+    """Parts of K for the shrink and the inputs that it reads at once, 16 if it can: fewest rounds of loads, then most parts."""
     blocks = {n: divisor(most, inputs // n) for n in range(1, most_parts + 1) if inputs % n == 0}
-    splits = min(blocks, key=lambda n: (inputs // n // blocks[n], -n))
+    splits = min(blocks, key=lambda n: (blocks[n] < 16, inputs // n // blocks[n], -n))
     return splits, blocks[splits]
 
 

@@ -472,6 +472,17 @@ def test_prediction_gives_back_what_it_was_fitted_on():
     assert model.step_ms(LLAMA_8B, 4, 8) == pytest.approx(3.2 - saved)
     four = 4 * 32 * (ALL_REDUCE_US[4] - ALL_REDUCE_US[2]) / 1e3
     assert model.step_ms(LLAMA_8B, 4, 8, s_lora) == pytest.approx(6.0 - saved + four)
+    # Equal points count by their mean, short outputs and other batches not at all; only S-LoRA has more all-reduces.
+    stock = Arm("stock", "16x4")
+    more = [
+        *({**point, "arm": "stock", "decode_ms": ms} for ms in (5.0, 5.4)),
+        {**measured[2], "output_len": 16, "decode_ms": 9.0},
+        {**point, "batch": 32, "arm": "no-lora", "decode_ms": 3.6},
+        {**point, "batch": 32, "arm": "s-lora", "decode_ms": 7.0},
+    ]
+    other, _, _ = fit([*measured, *more], products)
+    assert other.local == {**model.local, 32: []}
+    assert other.step_ms(LLAMA_8B, 4, 8, stock) == pytest.approx(5.2 - saved)
     # Half way between 48 rank rows and 256; a plain adapter has as many at every size.
     between = Arm("replicated", "38x4")
     assert [arm.rank_rows(LLAMA_8B, 2, 8) for arm in (bd, between, plain)] == [48, 160, 256]
@@ -487,6 +498,22 @@ def test_prediction_gives_back_what_it_was_fitted_on():
     part, whole, _ = fit([{**row, "model": LLAMA_70B.name, "layers": 20} for row in measured], products)
     head = part.step_ms(replace(whole, layers=0), 2, 8)
     assert part.step_ms(whole, 2, 8) == pytest.approx(4 * (3.2 - head) + head)
+
+
+def test_prediction_of_a_run_that_was_cut_off(tmp_path, capsys):
+    """The last batch has no block-diagonal row yet."""
+    from benchmarks.latency.predict import main
+
+    rows = read_rows(RESULTS / "latency-h200x2-many-rows.jsonl")
+    measured, output = tmp_path / "rows.jsonl", tmp_path / "prediction.jsonl"
+    kept = [row for row in rows if row.get("batch") != 128 or row["arm"] in ("no-lora", "s-lora")]
+    measured.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    products = str(RESULTS / "tune-h200-tp2.jsonl")
+    assert main([str(measured), "--products", products, "--tp", "8", "--output", str(output)]) == 0
+    told = read_rows(output)
+    assert {row["arm"] for row in told if row["batch"] == 128} == {"no-lora", "s-lora"}
+    assert {row["arm"] for row in told if row["batch"] == 8} == {"no-lora", "replicated", "block-diagonal", "s-lora"}
+    assert "block-diagonal 0.86x 128x4, 128 rank rows" in capsys.readouterr().out
 
 
 def test_predicted_arms_have_the_rank_rows_of_their_size():
@@ -506,8 +533,10 @@ def test_predicted_arms_have_the_rank_rows_of_their_size():
 
 
 def test_a_sweep_takes_the_best_of_each_part(capsys):
+    from triton.runtime.errors import OutOfResources
+
     from benchmarks.kernels.shapes import hosts
-    from benchmarks.kernels.tune import sweep
+    from benchmarks.kernels.tune import kind_of, sweep
     from sgl_bdlora.kernels.tiles import Device
     from sgl_bdlora.kernels.triton_ops import plan_for
 
@@ -518,6 +547,8 @@ def test_a_sweep_takes_the_best_of_each_part(capsys):
             return 1.0
 
         def served(self, mix, tokens, tiles):
+            if tiles.programs == 100:
+                raise OutOfResources(1, 0, "shared memory")
             return (
                 11 + mix[0] + abs(tiles.programs - 68) / 8 + abs(tiles.late_stages - 6) + abs(tiles.block_n - 64) / 32
             )
@@ -527,7 +558,10 @@ def test_a_sweep_takes_the_best_of_each_part(capsys):
     best = min(told, key=lambda row: row[1])
     assert (best[2].programs, best[2].late_stages, best[2].block_n) == (68, 6, 16)
     assert [row[0] for row in told[:4]] == [(4, 40), (8, 40)] * 2
+    assert best[1] == 10 + 4 + 48 / 32
     assert "after rest: Tiles(block_n=16, " in capsys.readouterr().out
+    # Eight adapters at most in a batch of eight, each filled up to twelve rank rows.
+    assert [kind_of((16, rank), 8) for rank in (8, 10)] == [(16, False), (16, True)]
 
 
 def test_lengths_may_name_one_batch():

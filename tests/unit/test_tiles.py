@@ -1,0 +1,91 @@
+"""Tile sizes for layers and devices that were never swept: what the kernels take for granted holds for all of them."""
+
+import itertools
+
+import pytest
+
+from sgl_bdlora.kernels.rows import filled
+from sgl_bdlora.kernels.tiles import FEW_ROWS, FEWER_ROWS, KINDS, SHRINK_STAGES, Device, few_rows, tiles_for
+
+H200, L40S = Device(132, 232_448), Device(142, 101_376)
+# (hidden, q, k and v, inner): Llama-3.1 8B and 70B, Qwen2.5 7B and 0.5B, the demo's.
+MODELS = [
+    (4096, 4096, 1024, 14336),
+    (8192, 8192, 1024, 28672),
+    (3584, 3584, 512, 18944),
+    (896, 896, 128, 4864),
+    (576, 576, 192, 1536),
+]
+
+
+def layers_of(hidden, q, kv, inner, tp):
+    """(inputs, ends) of the four products on a rank."""
+    q, kv, inner = q // tp, kv // tp, inner // tp
+    yield hidden, [q, q + kv, q + 2 * kv]
+    yield q, [hidden]
+    yield hidden, [inner, 2 * inner]
+    yield inner, [hidden]
+
+
+@pytest.mark.parametrize("device", [H200, L40S, Device(84, 101_376), Device(170, 232_448)], ids=str)
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_pieces_divide_and_fit(model, device):
+    found = 0
+    for tp, (block_t, many) in itertools.product((1, 2, 3, 4, 8), KINDS):
+        if any(size % (8 * tp) for size in model[1:]):
+            continue
+        for inputs, ends in layers_of(*model, tp):
+            tiles = tiles_for(ends, inputs, block_t, many, device)
+            if tiles is None:
+                continue
+            found += 1
+            assert inputs % tiles.block_k == 0
+            assert inputs % (tiles.splits * tiles.shrink_k) == 0
+            assert min(tiles.block_k, tiles.shrink_k) >= 16
+            assert 0 < tiles.early <= inputs
+            assert tiles.early % tiles.block_k == 0
+            assert all(end % tiles.block_n == 0 for end in ends)
+            loops = (
+                (tiles.stages - 1) * 2 * (block_t + tiles.block_n) * tiles.block_k,
+                (SHRINK_STAGES - 1) * 2 * (block_t + tiles.shrink_rows) * tiles.shrink_k,
+                (tiles.late_stages - 1) * tiles.rows * (2 * tiles.block_n + 8 * block_t),
+            )
+            # Two stages are one buffer, which any of these devices has.
+            assert max(loops) <= device.loops, (loops, tiles)
+    assert found > 20
+
+
+def test_a_device_with_little_shared_memory_takes_fewer_rank_rows_at_a_time():
+    large, small = (tiles_for([4096], 2048, 64, True, device) for device in (H200, L40S))
+    assert (large.rows, large.late_stages) == (32, 6)
+    assert small.rows == 16
+
+
+@pytest.mark.parametrize(
+    ("ends", "inputs", "kind", "wanted"),
+    [
+        # q/k/v and gate/up of 8B at TP 2: two blocks on a multiprocessor; at TP 1 two buffers of gate/up would not leave room for that.
+        ([2048, 2560, 3072], 4096, (16, True), {"stages": 4, "splits": 2, "rows": 128}),
+        ([7168, 14336], 4096, (16, True), {"stages": 3, "splits": 1, "rows": 64}),
+        ([14336, 28672], 4096, (16, True), {"stages": 3}),
+        ([3584, 7168], 4096, (16, True), {"block_n": 64, "stages": 4}),
+        # One part of K where x is short.
+        ([4096], 7168, (16, True), {"splits": 1}),
+        ([4096], 7168, (32, True), {"splits": 2}),
+        ([4096], 2048, (64, True), {"splits": 1}),
+        ([4096], 2048, (16, False), {"splits": 2}),
+        # Half the tiles for q/k/v at 64 rows, if one wave is left.
+        ([2048, 2560, 3072], 4096, (64, True), {"block_n": 64, "programs": 72, "shrink_rows": 64}),
+        ([8192, 9216, 10240], 8192, (64, True), {"block_n": 128, "programs": 36, "shrink_rows": 32}),
+        # Of two parts one would be too narrow.
+        ([4096], 304, (16, True), {"splits": 1, "shrink_k": 16}),
+    ],
+)
+def test_tiles_that_were_swept_or_follow(ends, inputs, kind, wanted):
+    tiles = tiles_for(ends, inputs, *kind, H200)
+    assert {name: getattr(tiles, name) for name in wanted} == wanted
+
+
+def test_few_rank_rows():
+    assert [few_rows(tokens) for tokens in (1, 16, 17, 128)] == [FEWER_ROWS] * 2 + [FEW_ROWS] * 2
+    assert [filled(rank) for rank in (1, 4, 10, 12)] == [4, 4, 12, 12]
