@@ -11,8 +11,9 @@ import triton.language as tl
 from benchmarks.kernels.common import without_shrink
 from sgl_bdlora.kernels import fused
 from sgl_bdlora.kernels.batch import make_batch
-from sgl_bdlora.kernels.device_batch import FUSED_TOKENS
+from sgl_bdlora.kernels.device_batch import FUSED_TOKENS, LIMIT
 from sgl_bdlora.kernels.fused import TAGS, _tagged
+from sgl_bdlora.kernels.rows import SLICES
 from sgl_bdlora.kernels.torch_ops import add_lora
 from sgl_bdlora.kernels.triton_ops import TritonOps
 from sgl_bdlora.memory_pool import MemoryPool
@@ -214,6 +215,29 @@ def test_sums_of_long_ago_are_not_taken(engine, device, monkeypatch):
     monkeypatch.setattr(ops, "plans", {path: without_shrink(plan) for path, plan in ops.plans.items()})
     wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, PATHS[0])
     assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
+
+
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize("split", [0, 1])
+@pytest.mark.parametrize("rows", [16, 128], ids="{} rank rows at a time".format)
+def test_half_of_a_sum_is_not_taken(engine, device, monkeypatch, split, rows):
+    """Words of one part of K are there, those of the other are of an older launch."""
+    ops, batch, x = case(engine, device, "skewed", 12, static=True)
+    weight = torch.zeros(sum(N), K).to(x)
+    plan = ops.plans[PATHS[0]]
+    tiles = {kind: replace(t, splits=2, shrink_k=64, rows=rows) for kind, t in plan.tiles.items()}
+    monkeypatch.setitem(ops.plans, PATHS[0], replace(plan, tiles=tiles))
+    wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, PATHS[0])
+    assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
+    halves = ops.batch.words[: 2 * 16 * SLICES * LIMIT].view(2, -1)
+    there = halves[split] != 0
+    # Another value, and the tag after this launch's.
+    halves[split] = torch.where(there, (halves[split] ^ (TAGS + 1) << 11) + 1, 0)
+    monkeypatch.setattr(ops, "plans", {path: without_shrink(plan) for path, plan in ops.plans.items()})
+    assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
+    # It is the tag that tells.
+    halves[split] = torch.where(there, halves[split] - 1, 0)
+    assert not close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
 
 
 def _words(v, h, COUNT: tl.constexpr, TAG: tl.constexpr):
