@@ -28,13 +28,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.kernels.shapes import MODELS, hosts
 from sgl_bdlora.kernels import triton_ops
-from sgl_bdlora.kernels.tiles import Device
+from sgl_bdlora.kernels.tiles import H200, Device
 
 # Name -> compute capability, and what tiles depend on (NVIDIA's data sheets; CUDA's programming guide, "Compute Capabilities").
 GPUS = {
     "a100": (80, Device(108, 166_912)),
     "l40s": (89, Device(142, 101_376)),
-    "h200": (90, Device(132, 232_448)),
+    "h200": (90, H200),
     "b200": (100, Device(148, 232_448)),
     "rtx5090": (120, Device(170, 101_376)),
 }

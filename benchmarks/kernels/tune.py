@@ -37,21 +37,20 @@ from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
 from benchmarks.kernels.shapes import hosts
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.device_batch import PADDING
-from sgl_bdlora.kernels.rows import filled
-from sgl_bdlora.kernels.tiles import MAX_SPLITS, SHRINK_STAGES, WIDTHS, Tiles, few_rows
+from sgl_bdlora.kernels.rows import TOGETHER, padded
+from sgl_bdlora.kernels.tiles import H200, MAX_SPLITS, WIDTHS, Tiles, few_rows
 from sgl_bdlora.kernels.triton_ops import Plan
 
 LAYERS = 32
 PAUSE = 12_000
-# Shared memory of a block of an H100 or H200, bytes.
-SHARED = 232_448
+# In flight; a product with fewer would wait for its weights.
+LEAST_BYTES = 24_000
 
 
 def h_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
     sizes = ((16, 256), (32, 128), (32, 256), (32, 512), (64, 128), (64, 256), (128, 128), (128, 256))
     for programs, (rows, k) in itertools.product((4, 12, 20, 36, 68, 100), sizes):
-        fits = (SHRINK_STAGES - 1) * 2 * (block_t + rows) * k <= SHARED
-        if fits and plan.inputs // tiles.splits % k == 0:
+        if plan.inputs // tiles.splits % k == 0:
             yield replace(tiles, programs=programs, shrink_rows=rows, shrink_k=k)
     for splits in range(1, MAX_SPLITS + 1):
         if plan.inputs % (splits * tiles.shrink_k) == 0:
@@ -61,24 +60,26 @@ def h_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
 def tile_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
     sizes = itertools.product(WIDTHS, (128, 256), (3, 4, 6), (False, True) if block_t == 16 else (False,))
     for block_n, block_k, stages, descriptor in sizes:
-        fits = 24_000 <= (stages - 1) * 2 * (block_t + block_n) * block_k <= SHARED
-        if fits and all(n % block_n == 0 for n in (*plan.ends, plan.outputs)) and plan.inputs % block_k == 0:
+        if all(n % block_n == 0 for n in (*plan.ends, plan.outputs)) and plan.inputs % block_k == 0:
             warps = 8 if block_n >= 128 or block_t == 128 else 4
             early = max(tiles.early, block_k) // block_k * block_k
-            yield replace(
+            found = replace(
                 tiles, block_n=block_n, block_k=block_k, stages=stages, warps=warps, descriptor=descriptor, early=early
             )
+            if found.buffers(block_t)[0] >= LEAST_BYTES:
+                yield found
 
 
 def rest_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
     for rows, stages in itertools.product((32, 64, 128), (3, 4, 6, 8)):
-        if rows <= PADDING and (stages - 1) * rows * (2 * tiles.block_n + 8 * block_t) <= SHARED:
+        if rows <= PADDING:
             yield replace(tiles, rows=rows, late_stages=stages)
     for early in (256, 1024, 2048):
         if tiles.block_k <= early <= plan.inputs:
             yield replace(tiles, early=early // tiles.block_k * tiles.block_k)
 
 
+LEAVES = tuple(host.path.rpartition(".")[2] for host in hosts("8b", 1, 1))
 PARTS = {"h": h_variants, "tile": tile_variants, "rest": rest_variants}
 
 
@@ -148,7 +149,14 @@ class Layer:
 
 def kind_of(mix: tuple[int, int], tokens: int) -> tuple[int, bool]:
     """tiles.py: KINDS."""
-    return max(16, triton.next_power_of_2(tokens)), min(mix[0], tokens) * filled(mix[1]) > few_rows(tokens)
+    rank_rows = min(mix[0], tokens) * padded(mix[1], TOGETHER)
+    return max(16, triton.next_power_of_2(tokens)), rank_rows > few_rows(tokens)
+
+
+def variants(part: str, tiles: Tiles, plan: Plan, block_t: int) -> list[Tiles]:
+    """`tiles` and those of a part, where an H200 has the shared memory."""
+    found = dict.fromkeys([tiles, *PARTS[part](tiles, plan, block_t)])
+    return [tiles for tiles in found if max(tiles.buffers(block_t)) <= H200.shared]
 
 
 def sweep(
@@ -175,11 +183,12 @@ def sweep(
         return
     found = {best: 1.0}
     best = replace(best, **begin)
+    if max(best.buffers(block_t)) > H200.shared:
+        print(f"  not swept from {best}: its loops need {best.buffers(block_t)} of {H200.shared} bytes", flush=True)
+        return
     for part in parts:
-        variants = dict.fromkeys([best, *PARTS[part](best, layer.plan, block_t)])
-        for tiles in tqdm(
-            [t for t in variants if t not in found], desc=part, unit="variant", leave=False, disable=None
-        ):
+        tried = variants(part, best, layer.plan, block_t)
+        for tiles in tqdm([t for t in tried if t not in found], desc=part, unit="variant", leave=False, disable=None):
             try:
                 taken = times(tiles)
             except triton.runtime.errors.OutOfResources:
@@ -187,7 +196,7 @@ def sweep(
             for mix, us in zip(mixes, taken, strict=True):
                 record(mix, us, tiles)
             found[tiles] = statistics.geometric_mean(max(us, 0.1) / by for us, by in zip(taken, served, strict=True))
-        best = min((tiles for tiles in variants if tiles in found), key=found.get)
+        best = min((tiles for tiles in tried if tiles in found), key=found.get)
         print(f"  {found[best]:.3f} by what is served, after {part}: {best}", flush=True)
     for tiles in sorted(found, key=found.get)[:6]:
         print(f"  {found[tiles]:.3f} {tiles}", flush=True)
@@ -199,10 +208,10 @@ def _words(times: Sequence[float]) -> str:
 
 def _field(text: str) -> tuple[str, int]:
     name, _, value = text.partition("=")
-    if name not in {field.name for field in fields(Tiles)} or not value.isdecimal():
-        names = ", ".join(field.name for field in fields(Tiles))
-        raise argparse.ArgumentTypeError(f"{text!r}: not FIELD=N with a field of Tiles ({names})")
-    return name, int(value)
+    types = {field.name: field.type for field in fields(Tiles)}
+    if name not in types or not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: not FIELD=N with a field of Tiles ({', '.join(types)})")
+    return name, types[name](int(value))
 
 
 def _mix(text: str) -> tuple[int, int]:
@@ -217,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--tokens", type=int, nargs="+", default=[8, 32])
     add("--mixes", type=_mix, nargs="+", default=[(4, 12)], metavar="ADAPTERSxRANK", help="(default: 4x12)")
-    add("--only", nargs="+", metavar="LAYER", help="these kinds of layers (default: all four)")
+    add("--only", nargs="+", choices=LEAVES, default=LEAVES, help="these kinds of layers (default: all four)")
     add(
         "--parts",
         nargs="+",
@@ -237,9 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--turns", type=Path, metavar="FILE", help="time only while no other process with the same file does")
     args = parse(parser, argv)
     rows = Rows(args.output, tp=args.tp)
-    for kind in dict.fromkeys(host.path.rpartition(".")[2] for host in hosts("8b", args.tp, 1)):
-        if args.only and kind not in args.only:
-            continue
+    for kind in args.only:
         layer = Layer(kind, args)
         for tokens in args.tokens:
             cublas = layer.cublas(tokens) - layer.around(tokens)

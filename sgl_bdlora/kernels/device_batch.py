@@ -7,17 +7,15 @@ import torch
 import triton
 
 from sgl_bdlora.kernels.fused import TAGS
-from sgl_bdlora.kernels.rows import FIELDS, SLICES, KnownAdapters, RankRows, block_starts, most_rows, table_of
+from sgl_bdlora.kernels.rows import FIELDS, SLICES, KnownAdapters, RankRows, block_starts, most_rows, padded, table_of
 from sgl_bdlora.kernels.separate import TILE_FIELDS, most_tiles, order_of, tiles_of
-from sgl_bdlora.kernels.tiles import MAX_SPLITS, few_rows
+from sgl_bdlora.kernels.tiles import FUSED_TOKENS, MAX_SPLITS, few_rows
 from sgl_bdlora.memory_pool import Resident
 
 # Rank rows that a kernel reads at once, at most: tables are filled up to a multiple, for what stands behind them is of an older batch.
 PADDING = 128
 # Rank rows that a batch may have in one slice of a layer; a multiple of PADDING.
 LIMIT = 2048
-# Up to here the base product is bound by its weights' bytes, and one tile holds all rows of the batch.
-FUSED_TOKENS = 128
 # Rows of the batch that a tile of the separate kernels has at least.
 SMALLEST_TILE = 16
 # Columns of h, the largest adapter's, that graphs are captured with, in local layers and at least in combined ones.
@@ -37,7 +35,7 @@ class Table:
     def fill(self, adapters: Sequence[tuple[RankRows, np.ndarray]]) -> None:
         """Replace the rows; adapters: as for rows.table_of."""
         self.used = most_rows([rows for rows, _ in adapters])
-        width = _padded(max(self.used, 1), PADDING)
+        width = padded(max(self.used, 1), PADDING)
         rows, places = table_of(adapters, len(self.rows), width)
         self.rows[..., :width].copy_(_staged(torch.from_numpy(rows), self.rows.device), non_blocking=True)
         self.places[:, :, : len(adapters) + 1].copy_(
@@ -54,7 +52,7 @@ class Owners:
 
     def __init__(self, tokens: int, adapters: int, device: torch.device):
         # Every part is aligned alike, whatever the batch: kernels are compiled for an alignment.
-        self._width = _padded(tokens, 4)
+        self._width = padded(tokens, 4)
         self._most = most_tiles(tokens, adapters, SMALLEST_TILE)
         self._all = torch.zeros(4 + 2 * self._width + TILE_FIELDS * self._most, dtype=torch.int32, device=device)
         self.meta, self.n_tiles = self._all[:2], self._all[2:4]
@@ -119,7 +117,7 @@ class DeviceBatch:
         other = DeviceBatch(self._arena, self._known, self.max_adapters, combined, max_tokens)
         other._static_h = torch.zeros(rows * COLUMNS, dtype=torch.float32, device=self._arena.device)
         if combined:
-            columns = _padded(max(COMBINED_COLUMNS, SLICES * max_rank, self._known.combined_width), COMBINED_COLUMNS)
+            columns = padded(max(COMBINED_COLUMNS, SLICES * max_rank, self._known.combined_width), COMBINED_COLUMNS)
             layers = 1 if shared else len(self._known.index)
             other._static_combined = self._arena.new_zeros(layers, other._max_tokens, columns)
         return other
@@ -213,7 +211,7 @@ class DeviceBatch:
     def combined_h(self, x_TK: torch.Tensor, layer: int) -> torch.Tensor:
         """For the pieces that are put together over the ranks: (tokens, columns), zero where other ranks write."""
         if not self.static:
-            return x_TK.new_zeros(len(x_TK), _padded(self._combined_width, 8))
+            return x_TK.new_zeros(len(x_TK), padded(self._combined_width, 8))
         if self._shares_combined:
             return self._static_combined[0, : len(x_TK)].zero_()
         return self._static_combined[layer, : len(x_TK)]
@@ -231,10 +229,6 @@ class DeviceBatch:
 def tile_rows(tokens: int) -> int:
     """Rows of the batch that a program of the separate kernels takes: few in a decode step, whose rows are of many adapters."""
     return max(SMALLEST_TILE, min(64, triton.next_power_of_2(tokens) // 8))
-
-
-def _padded(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
 
 
 def _staged(host: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -33,9 +33,9 @@ TOGETHER = 4
 _NO_OWNER = -2 & 0xFFFFFFFF
 
 
-def filled(rank: int) -> int:
-    """Local rank rows that a slice takes which has so many ranks."""
-    return -(-rank // TOGETHER) * TOGETHER
+def padded(count: int, multiple: int) -> int:
+    """The least multiple that is not below `count`. Local ranks of a slice take as many rank rows, in multiples of TOGETHER."""
+    return -(-count // multiple) * multiple
 
 
 class NoRankRows(ValueError):

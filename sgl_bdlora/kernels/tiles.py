@@ -1,19 +1,20 @@
 """Tile sizes of the linear kernel (fused.py), for a layer's shape and a number of rows.
 
-Swept on one H200, 2026-11-22, the four layers of Llama-3.1-8B at TP 2, 1 to 64 rows, 4 adapters (benchmarks/kernels/tune.py); 128 rows and
-batches of 160 to 512 rank rows on the day after, few variants each (docs/performance.md, "Many rank rows and many requests"). What held
-for all of them: the launch should be one wave. A tile takes most of a multiprocessor's shared memory, because the weights' stream needs
-that much in flight, and the programs that compute h run on multiprocessors that have no tile. A launch of a few blocks more than there are
-multiprocessors costs up to twice the time. So tiles are as narrow as leaves room for those programs. What is chosen for other layers and
-sizes follows from that and was not swept, nor were narrow tiles for few rank rows but in o_proj at 32 rows, nor layers that are too wide
-for one wave (8B at TP 1, 70B at TP 2: gate and up).
+Swept on one H200, the four layers of Llama-3.1-8B at TP 2 (benchmarks/kernels/tune.py): 1 to 64 rows of 4 adapters, then 8 to 64 rows with
+160 and 512 rank rows; of 128 rows few variants (docs/performance.md, "Many rank rows and many requests"). What held for all of them: the
+launch should be one wave. A tile takes most of a multiprocessor's shared memory, because the weights' stream needs that much in flight, and
+the programs that compute h run on multiprocessors that have no tile. A launch of a few blocks more than there are multiprocessors costs up
+to twice the time. So tiles are as narrow as leaves room for those programs. What is chosen for other layers and sizes follows from that and
+was not swept, nor were narrow tiles for few rank rows but in o_proj at 32 rows, nor layers that are too wide for one wave (8B at TP 1, 70B
+at TP 2: gate and up).
 
 Many rank rows are bound by how many bytes of A and B are in flight on a multiprocessor, which gets some 36 GB/s and waits 2 us for each
-load while all of them read: so more rank rows at a time, as far as registers and shared memory go.
+load while all of them read: so h is computed for more of them at a time, and a tile reads many at once or asks for few of them further
+ahead, as far as registers and shared memory go.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Blocks that compute h: at least, where the tiles leave so many places, and at most.
 FEWEST, MOST = 12, 36
@@ -35,9 +36,11 @@ MAX_SPLITS = 2
 EARLY = 512
 # Pipeline stages of the rank rows behind a tile's first, where it takes many at a time and where few.
 LATE_STAGES = (3, 6)
-# Rows of the batch (a power of two) and whether it may have more than `few_rows` rank rows: what there are tiles for. At 128 rows with many
-# rank rows the separate kernels are as fast or faster.
-KINDS = ((16, False), (16, True), (32, False), (32, True), (64, False), (64, True), (128, False))
+# Rows of a batch up to which the product is bound by its weights' bytes, and one tile holds all of them.
+FUSED_TOKENS = 128
+# Rows of the batch (a power of two) and whether it may have more than `few_rows` rank rows: what there are tiles for. At 128 rows the
+# separate kernels are the faster ones from some 200 rank rows on.
+KINDS = ((16, False), (16, True), (32, False), (32, True), (64, False), (64, True), (FUSED_TOKENS, False))
 # Where there are many rank rows: rank rows of h at a time by rows of the batch.
 _SHRINK_MANY = {16: 32, 32: 64, 64: 32}
 # There, three slices of h beside 64 rows of x, which are as many bytes as a tile's W by then: half the tiles, and blocks that compute h.
@@ -61,6 +64,9 @@ class Device:
         return self.shared - _REST
 
 
+H200 = Device(132, 232_448)
+
+
 @dataclass(frozen=True)
 class Tiles:
     """block_n x block_k of W at a time in `stages` pipeline stages by `warps` warps; descriptor: through a tensor descriptor. early: inputs
@@ -82,6 +88,12 @@ class Tiles:
     splits: int
     shrink_rows: int
     shrink_k: int
+
+    def buffers(self, block_t: int) -> tuple[int, int, int]:
+        """Bytes that its loops have in flight for 16-bit numbers: the product's, h's, and of the rank rows behind a tile's first."""
+        product = (self.stages - 1) * 2 * (block_t + self.block_n) * self.block_k
+        h = (SHRINK_STAGES - 1) * 2 * (block_t + self.shrink_rows) * self.shrink_k
+        return product, h, (self.late_stages - 1) * self.rows * (2 * self.block_n + 8 * block_t)
 
 
 def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device: Device) -> Tiles | None:
@@ -114,10 +126,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
     if many and slices > 1 and block_t == 16 and 2 * buffer <= _SHARED_PAIR:
         shared = min(shared, _SHARED_PAIR)
     rows = _rows(block_t, block_n, many)
-    late_stages = LATE_STAGES[many and rows <= 32]
-    while rows > 16 and (late_stages - 1) * rows * (2 * block_n + 8 * block_t) > device.loops:
-        rows //= 2
-    return Tiles(
+    tiles = Tiles(
         block_n,
         block_k,
         # One more than buffers.
@@ -126,12 +135,15 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
         descriptor=block_n == 64 and block_t == 16,
         early=min(EARLY, inputs) // block_k * block_k,
         rows=rows,
-        late_stages=late_stages,
+        late_stages=LATE_STAGES[many and rows <= 32],
         programs=programs,
         splits=splits,
         shrink_rows=shrink_rows,
         shrink_k=shrink_k,
     )
+    while tiles.rows > 16 and tiles.buffers(block_t)[2] > device.loops:
+        tiles = replace(tiles, rows=tiles.rows // 2)
+    return tiles
 
 
 def few_rows(tokens: int) -> int:

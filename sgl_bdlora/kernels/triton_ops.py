@@ -11,7 +11,7 @@ one-shot all-reduce of so few bytes is faster than NCCL's all-gather, and can be
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -21,7 +21,17 @@ from sgl_bdlora.kernels.device_batch import LIMIT, SMALLEST_TILE, DeviceBatch, T
 from sgl_bdlora.kernels.fused import linear_kernel
 from sgl_bdlora.kernels.rows import SLICES, KnownAdapters, LayerIndex
 from sgl_bdlora.kernels.separate import expand_kernel, most_tiles, shrink_kernel
-from sgl_bdlora.kernels.tiles import KINDS, SHRINK_ROWS, SHRINK_STAGES, Device, Tiles, divisor, power_of_two, tiles_for
+from sgl_bdlora.kernels.tiles import (
+    H200,
+    KINDS,
+    SHRINK_ROWS,
+    SHRINK_STAGES,
+    Device,
+    Tiles,
+    divisor,
+    power_of_two,
+    tiles_for,
+)
 from sgl_bdlora.kernels.torch_ops import Collectives
 from sgl_bdlora.sharding import HostLayer
 
@@ -301,7 +311,7 @@ class TritonOps:
 def _device(device: torch.device) -> Device:
     if device.type != "cuda":
         # As many multiprocessors as the shapes of tests need: the interpreter runs block after block.
-        return Device(20, 232_448)
+        return replace(H200, multiprocessors=20)
     properties = torch.cuda.get_device_properties(device)
     return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 

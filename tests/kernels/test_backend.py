@@ -5,7 +5,7 @@ import torch
 from test_triton_ops import ERROR, HOSTS, PATHS, SHARDS, K, N, make
 
 from sgl_bdlora import graphs
-from sgl_bdlora.kernels.device_batch import FUSED_TOKENS
+from sgl_bdlora.kernels.tiles import FUSED_TOKENS
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgl_bdlora.kernels.device_batch import FUSED_TOKENS
+from sgl_bdlora.kernels.tiles import FUSED_TOKENS
 from sgl_bdlora.kernels.triton_ops import TritonOps
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span

@@ -11,9 +11,10 @@ import triton.language as tl
 from benchmarks.kernels.common import without_shrink
 from sgl_bdlora.kernels import fused
 from sgl_bdlora.kernels.batch import make_batch
-from sgl_bdlora.kernels.device_batch import FUSED_TOKENS, LIMIT
+from sgl_bdlora.kernels.device_batch import LIMIT
 from sgl_bdlora.kernels.fused import TAGS, _tagged
 from sgl_bdlora.kernels.rows import SLICES
+from sgl_bdlora.kernels.tiles import FUSED_TOKENS
 from sgl_bdlora.kernels.torch_ops import add_lora
 from sgl_bdlora.kernels.triton_ops import TritonOps
 from sgl_bdlora.memory_pool import MemoryPool

@@ -494,6 +494,8 @@ def test_prediction_gives_back_what_it_was_fitted_on():
         fit([*measured, {**measured[0], "model": LLAMA_70B.name}], products)
     with pytest.raises(ValueError, match="all modules are needed, not of attention"):
         fit([{**row, "modules": "attention"} for row in measured], products)
+    with pytest.raises(ValueError, match="modules and wanted_ratio are needed: these are of an older benchmark"):
+        fit([{key: row[key] for key in row if key != "modules"} for row in measured], products)
     # Measured with a quarter of its layers: four times the layers' part, and lm_head once.
     part, whole, _ = fit([{**row, "model": LLAMA_70B.name, "layers": 20} for row in measured], products)
     head = part.step_ms(replace(whole, layers=0), 2, 8)
@@ -537,11 +539,11 @@ def test_a_sweep_takes_the_best_of_each_part(capsys):
 
     from benchmarks.kernels.shapes import hosts
     from benchmarks.kernels.tune import kind_of, sweep
-    from sgl_bdlora.kernels.tiles import Device
+    from sgl_bdlora.kernels.tiles import H200
     from sgl_bdlora.kernels.triton_ops import plan_for
 
     class Layer:
-        plan = plan_for(hosts("8b", 2, 1)[0], Device(132, 232_448))
+        plan = plan_for(hosts("8b", 2, 1)[0], H200)
 
         def around(self, tokens):
             return 1.0
@@ -560,6 +562,8 @@ def test_a_sweep_takes_the_best_of_each_part(capsys):
     assert [row[0] for row in told[:4]] == [(4, 40), (8, 40)] * 2
     assert best[1] == 10 + 4 + 48 / 32
     assert "after rest: Tiles(block_n=16, " in capsys.readouterr().out
+    sweep(Layer(), [(4, 40)], 8, ["h"], {"shrink_rows": 1024}, lambda *row: None)
+    assert "its loops need (" in capsys.readouterr().out
     # Eight adapters at most in a batch of eight, each filled up to twelve rank rows.
     assert [kind_of((16, rank), 8) for rank in (8, 10)] == [(16, False), (16, True)]
 

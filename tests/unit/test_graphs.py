@@ -7,9 +7,7 @@ import pytest
 from sgl_bdlora import config, cpu, graphs
 
 pytest.importorskip("triton")
-from sgl_bdlora.kernels.tiles import FEW_ROWS, Device, tiles_for
-
-H200 = Device(132, 232_448)
+from sgl_bdlora.kernels.tiles import FEW_ROWS, H200, tiles_for
 
 
 class BackEnd:
