@@ -38,15 +38,13 @@ from benchmarks.files import (
     folder_of,
     keep_adapter,
     keep_model,
-    matched_rank,
-    parameters,
 )
 from benchmarks.record import RESULTS, Rows, gpu_name, read_rows
 from sgl_bdlora.server_process import ServerProcess, StartFailed, free_port, started
 
 from . import plot
 from .arms import AGAIN, ARMS, BASE_ONLY, SERVERS, Setup, command
-from .mixes import Adapter, Mix, adapters_of, mix
+from .mixes import Adapter, Mix, adapters_of, mix, params_ratio, rank_of
 from .timing import decode_s, random_ids, time_batches
 
 MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
@@ -257,9 +255,7 @@ class Latency:
         return paths
 
     def _rank(self, plain_rank: int, ratio: float | None) -> int:
-        if ratio is None:
-            return plain_rank
-        return matched_rank(self.shape, plain_rank, self.args.nblocks, ratio, self.modules)
+        return rank_of(plain_rank, ratio, self.shape, self.args.nblocks, self.modules)
 
     def _setup(self, names: list[str]) -> Setup:
         args = self.args
@@ -320,9 +316,7 @@ class Latency:
         )
 
     def _measured_ratio(self, chosen: Mix, ratio: float | None) -> float:
-        nblocks = None if ratio is None else self.args.nblocks
-        have = sum(parameters(self.shape, self._rank(rank, ratio), nblocks, self.modules) for rank in chosen.ranks)
-        return have / sum(parameters(self.shape, rank, None, self.modules) for rank in chosen.ranks)
+        return params_ratio(chosen, ratio, self.shape, self.args.nblocks, self.modules)
 
     def _time(self, url: str, batch: int, prompt: int, output: int, names: list[str] | None) -> tuple[float, float]:
         """Median seconds until every request has its first token, and until all have ended."""

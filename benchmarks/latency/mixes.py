@@ -1,7 +1,10 @@
 """Which adapters a batch asks for: "16x4" is four of rank 16, "8x16+128x1" sixteen of rank 8 and one of rank 128."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from benchmarks.files import MODULES, Shape, matched_rank, parameters
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,21 @@ class Adapter:
     def name(self) -> str:
         kind = "plain" if self.ratio is None else f"bd{self.ratio:g}"
         return f"{kind}-r{self.rank}-{self.number}"
+
+
+def rank_of(plain: int, ratio: float | None, shape: Shape, nblocks: int, modules: Sequence[str] = MODULES) -> int:
+    """Of the adapter of `ratio` that stands for a plain one of rank `plain`."""
+    return plain if ratio is None else matched_rank(shape, plain, nblocks, ratio, modules)
+
+
+def params_ratio(
+    chosen: Mix, ratio: float | None, shape: Shape, nblocks: int, modules: Sequence[str] = MODULES
+) -> float:
+    """Parameters of the mix's adapters of `ratio` by its plain ones', as ranks come out."""
+    blocks = None if ratio is None else nblocks
+    ranks = [rank_of(plain, ratio, shape, nblocks, modules) for plain in chosen.ranks]
+    have = sum(parameters(shape, rank, blocks, modules) for rank in ranks)
+    return have / sum(parameters(shape, plain, None, modules) for plain in chosen.ranks)
 
 
 def adapters_of(chosen: Mix, ratio: float | None) -> list[Adapter]:

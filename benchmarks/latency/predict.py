@@ -27,10 +27,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.files import LLAMA_8B, LLAMA_70B, Shape, matched_rank, parameters
-from benchmarks.latency.mixes import mix
+from benchmarks.files import LLAMA_8B, LLAMA_70B, Shape
+from benchmarks.latency.mixes import mix, params_ratio, rank_of
 from benchmarks.record import RESULTS, Rows, read_rows
-from sgl_bdlora.kernels.rows import filled
+from sgl_bdlora.kernels.rows import TOGETHER, padded
 
 # One-shot, through NVLink, of a few kilobytes: 2.5 at TP 2 (a profile, docs/performance.md); a rank reads tp - 1 others.
 ALL_REDUCE_US = {1: 0.0, 2: 2.5, 4: 3.5, 8: 5.0}
@@ -68,21 +68,14 @@ class Arm:
         """Whether it adds no collective."""
         return self.name in ("replicated", "block-diagonal")
 
-    def ranks(self, shape: Shape, tp: int) -> list[int]:
-        """Of its adapters."""
-        plain = mix(self.mix).ranks
-        return list(plain) if self.ratio is None else [matched_rank(shape, rank, tp, self.ratio) for rank in plain]
-
     def params_ratio(self, shape: Shape, tp: int) -> float:
-        if self.ratio is None:
-            return 1.0
-        have = sum(parameters(shape, rank, tp) for rank in self.ranks(shape, tp))
-        return have / sum(parameters(shape, rank, None) for rank in mix(self.mix).ranks)
+        return params_ratio(mix(self.mix), self.ratio, shape, tp)
 
     def rank_rows(self, shape: Shape, tp: int, batch: int) -> int:
         """Of a layer on a rank, in a batch whose requests take turns with the adapters."""
         blocks = 1 if self.ratio is None else tp
-        return sum(filled(rank // blocks) for rank in self.ranks(shape, tp)[:batch])
+        ranks = [rank_of(plain, self.ratio, shape, tp) for plain in mix(self.mix).ranks[:batch]]
+        return sum(padded(rank // blocks, TOGETHER) for rank in ranks)
 
 
 @dataclass(frozen=True)
@@ -136,6 +129,8 @@ def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape, list[
     models = {(row["model"], row["layers"]) for row in points}
     if len(models) != 1 or not MODELS.keys() >= {name for name, _ in models}:
         raise ValueError(f"rows of one model of {', '.join(MODELS)} are needed, not of {sorted(models)}")
+    if any(not {"modules", "wanted_ratio"} <= row.keys() for row in points):
+        raise ValueError("rows with the fields modules and wanted_ratio are needed: these are of an older benchmark")
     if changed := {row["modules"] for row in points} - {"all"}:
         raise ValueError(f"rows of adapters of all modules are needed, not of {', '.join(sorted(changed))}")
     (tp,), ((name, layers),) = sizes, models
