@@ -238,3 +238,24 @@ def test_graphs_have_room_for_so_many_columns(device):
     assert ops.batch.captures(wide)
     ops.batch.fill(wide, np.zeros(2, dtype=np.int32))
     assert ops.batch.replayable
+
+
+def test_graphs_have_room_for_the_widest_known_adapter(device):
+    one = engine(device, 0, Ranks(), Way(graph=True))
+    wide = one.pool.get("wide")
+    assert not one.ops.batch.captures([wide])
+    # Its rank rows are known by now.
+    assert one.ops.reserve(160, True).batch.captures([wide])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_share_one_h_where_they_are_told_to(device, shared):
+    one = engine(device, 0, Ranks(), Way(graph=True, shared=shared))
+    one.ask(["a"] * 3, graph=True)
+    x = one.pool.arena.new_zeros(3, K)
+    first, second = (one.ops.batch.combined_h(x, layer) for layer in (0, 1))
+    assert (first.data_ptr() == second.data_ptr()) == shared
+    first.fill_(1)
+    # The next layer finds it zero, whoever clears it.
+    assert not one.ops.batch.combined_h(x, 1).any()
+    assert one.ops.batch.keeps_combined != shared
