@@ -1,6 +1,6 @@
 """Tile sizes of the linear kernel (sgl_bdlora/kernels/tiles.py), swept: one kind of layer at a time, 32 of them in a CUDA graph.
 
-    python -m benchmarks.kernels.tune [--tp 2] [--tokens 8 32] [--mixes 4x12 4x128] [--only qkv_proj ...] [--chosen]
+    python -m benchmarks.kernels.tune [--model 8b] [--tp 2] [--tokens 8 32] [--mixes 4x12 4x128] [--only qkv_proj ...] [--chosen]
     python -m benchmarks.kernels.tune --parts h rest --begin block_n=64 programs=84 ...
     for layer in qkv_proj o_proj gate_up_proj down_proj; do python -m benchmarks.kernels.tune --only $layer --turns /tmp/turns & done; wait
 
@@ -34,7 +34,7 @@ import triton
 from tqdm import tqdm
 
 from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
-from benchmarks.kernels.shapes import hosts
+from benchmarks.kernels.shapes import MODELS, hosts
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.device_batch import PADDING
 from sgl_bdlora.kernels.rows import TOGETHER, padded
@@ -98,7 +98,7 @@ class Layer:
     """LAYERS layers of one kind on the device, to be timed with the adapters of each mix."""
 
     def __init__(self, kind: str, args: argparse.Namespace):
-        layers = [host for host in hosts("8b", args.tp, LAYERS) if host.path.endswith(kind)]
+        layers = [host for host in hosts(args.model, args.tp, LAYERS) if host.path.endswith(kind)]
         self._paths = [host.path for host in layers]
         self._args = args
         self._ops = {mix: on_device(layers, *mix, max(args.tokens)) for mix in args.mixes}
@@ -224,6 +224,7 @@ def _mix(text: str) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> int:
     parser = parser_for("tune", __doc__, rank=None, repeats=12)
     add = parser.add_argument
+    add("--model", choices=list(MODELS), default="8b", help="shape of the base model (default: 8b)")
     add("--tokens", type=int, nargs="+", default=[8, 32])
     add("--mixes", type=_mix, nargs="+", default=[(4, 12)], metavar="ADAPTERSxRANK", help="(default: 4x12)")
     add("--only", nargs="+", choices=LEAVES, default=LEAVES, help="these kinds of layers (default: all four)")
@@ -245,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--chosen", action="store_true", help="nothing: only what tiles.py chooses")
     add("--turns", type=Path, metavar="FILE", help="time only while no other process with the same file does")
     args = parse(parser, argv)
-    rows = Rows(args.output, tp=args.tp)
+    rows = Rows(args.output, model=args.model, tp=args.tp)
     for kind in args.only:
         layer = Layer(kind, args)
         for tokens in args.tokens:
