@@ -24,7 +24,6 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.kernels.shapes import MODELS, hosts
 from sgl_bdlora.kernels import triton_ops
@@ -72,8 +71,6 @@ class Launches:
 def _type(value) -> str:
     if isinstance(value, int):
         return "i32"
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<bf16[{', '.join(map(str, value.block_shape))}]>"
     return TYPES[value.dtype]
 
 

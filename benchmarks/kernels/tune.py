@@ -9,7 +9,7 @@ many too (tiles.py: few_rows), so each kind is swept for all its mixes at once, 
 of a Tiles are swept one after another, each in full, with the best found so far of the others:
 
     h         programs that compute h, rank rows and inputs of theirs at a time, parts of K
-    tile      block of W, stages, descriptor
+    tile      block of W, stages, parts of its K
     rest      rank rows of h and B at a time, stages of those behind the first, and how early they are asked for
 
 Every product stands behind a pause of 6 us and a small kernel, as behind the all-reduce, norm or attention of a model (down_proj: the
@@ -38,7 +38,7 @@ from benchmarks.kernels.shapes import MODELS, hosts
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.device_batch import PADDING
 from sgl_bdlora.kernels.rows import TOGETHER, padded
-from sgl_bdlora.kernels.tiles import H200, MAX_SPLITS, WIDTHS, Tiles, few_rows
+from sgl_bdlora.kernels.tiles import H200, MAX_SPLITS, SUMS, WIDTHS, Tiles, few_rows
 from sgl_bdlora.kernels.triton_ops import Plan
 
 LAYERS = 32
@@ -48,7 +48,7 @@ LEAST_BYTES = 24_000
 
 
 def h_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
-    sizes = ((16, 256), (32, 128), (32, 256), (32, 512), (64, 128), (64, 256), (128, 128), (128, 256))
+    sizes = ((16, 256), (16, 512), (32, 128), (32, 256), (64, 128), (64, 256))
     for programs, (rows, k) in itertools.product((4, 12, 20, 36, 68, 100), sizes):
         if plan.inputs // tiles.splits % k == 0:
             yield replace(tiles, programs=programs, shrink_rows=rows, shrink_k=k)
@@ -58,16 +58,21 @@ def h_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
 
 
 def tile_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
-    sizes = itertools.product(WIDTHS, (128, 256), (3, 4, 6), (False, True) if block_t == 16 else (False,))
-    for block_n, block_k, stages, descriptor in sizes:
-        if all(n % block_n == 0 for n in (*plan.ends, plan.outputs)) and plan.inputs % block_k == 0:
-            warps = 8 if block_n >= 128 or block_t == 128 else 4
-            early = max(tiles.early, block_k) // block_k * block_k
-            found = replace(
-                tiles, block_n=block_n, block_k=block_k, stages=stages, warps=warps, descriptor=descriptor, early=early
-            )
-            if found.buffers(block_t)[0] >= LEAST_BYTES:
-                yield found
+    for block_n, block_k, stages, parts in itertools.product(WIDTHS, (128, 256), (3, 4, 6), (1, 2, 3, 4, 6, 8)):
+        blocks = plan.outputs // block_n
+        if any(n % block_n for n in plan.ends) or plan.inputs % block_k or plan.outputs % block_n:
+            continue
+        if parts > 1 and (
+            not H200.multiprocessors // 3 <= parts * blocks <= 2 * H200.multiprocessors
+            or plan.inputs // block_k < 2 * parts
+            or parts * block_t * plan.outputs > SUMS
+        ):
+            continue
+        warps = 8 if block_n >= 128 or block_t == 128 else 4
+        early = max(block_k, min(tiles.early, plan.inputs // parts // block_k * block_k) // block_k * block_k)
+        found = replace(tiles, block_n=block_n, block_k=block_k, stages=stages, warps=warps, parts=parts, early=early)
+        if found.buffers(block_t)[0] >= LEAST_BYTES:
+            yield found
 
 
 def rest_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
@@ -75,7 +80,7 @@ def rest_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
         if rows <= PADDING:
             yield replace(tiles, rows=rows, late_stages=stages)
     for early in (256, 1024, 2048):
-        if tiles.block_k <= early <= plan.inputs:
+        if tiles.block_k <= early <= plan.inputs // tiles.parts // tiles.block_k * tiles.block_k:
             yield replace(tiles, early=early // tiles.block_k * tiles.block_k)
 
 

@@ -188,28 +188,31 @@ def _expand_rest(
     s,
     tag,
     n,
+    part,
     n_rows,
     T,
     K,
     LIMIT: tl.constexpr,
     SLICES: tl.constexpr,
     SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
     BT: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """acc + h B^T for the rank rows from BR on: all of them as they are found, again from the start as long as any was late.
+    """acc + h B^T for this part's of the rank rows from BR on: all of them as they are found, again from the start as long as any was late.
 
     So nothing waits inside the loop, and rank rows can be asked for ahead (STAGES).
     """
     done = acc
+    begin = tl.where(part == 0, PARTS, part) * BR
     late = True
     patience = _PATIENCE
     while late & (patience > 0):
         acc = done
         missing = tl.zeros((BT, BR), dtype=tl.int32)
-        for first in tl.range(BR, n_rows, BR, num_stages=STAGES):
+        for first in tl.range(begin, n_rows, PARTS * BR, num_stages=STAGES):
             r = first + tl.arange(0, BR)
             own = _own(owner_T, low(tl.load(table + OWNER_FIELD * LIMIT + r)))
             place = (t[:, None] * SLICES + s) * LIMIT + r[None, :]
@@ -224,7 +227,7 @@ def _expand_rest(
         patience -= 1
     if late:
         acc = done
-        for first in tl.range(BR, n_rows, BR, num_stages=1):
+        for first in tl.range(begin, n_rows, PARTS * BR, num_stages=1):
             r = first + tl.arange(0, BR)
             own = _own(owner_T, low(tl.load(table + OWNER_FIELD * LIMIT + r)))
             b_RN = read_b(arena, table, r, n, LIMIT)
@@ -272,11 +275,31 @@ def _shrink(
         tl.store(h + place, _tagged(v, tag), mask=own)
 
 
+@triton.jit
+def _sum_of_parts(acc, sums, arrived, tile, part, t, T, PARTS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
+    """(the sum over all parts of a tile, whether this program is the last of them to come); else the sum is of no meaning.
+
+    The last one adds, in the order of the parts, so that the sum is the same whoever is last.
+    """
+    place = tl.arange(0, BT)[:, None] * BN + tl.arange(0, BN)[None, :]
+    sums += tile * PARTS * BT * BN
+    inside = (t < T)[:, None]
+    tl.store(sums + part * BT * BN + place, acc, mask=inside)
+    # All threads have stored before one of them tells.
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == PARTS - 1
+    if last:
+        tl.store(arrived + tile, 0)
+        acc = tl.zeros((BT, BN), dtype=tl.float32)
+        for i in tl.static_range(PARTS):
+            acc += tl.load(sums + i * BT * BN + place, mask=inside, other=0.0, cache_modifier=".cg")
+    return acc, last
+
+
 @triton.jit(do_not_specialize=["layer", "T", "end0", "end1"])
 def linear_kernel(
     x,
     w,
-    w_tiles,
     bias,
     y,
     arena,
@@ -284,6 +307,8 @@ def linear_kernel(
     meta,
     owners,
     h,
+    sums,
+    arrived,
     layer,
     T,
     N,
@@ -294,6 +319,7 @@ def linear_kernel(
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    PARTS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -304,16 +330,18 @@ def linear_kernel(
     SHRINK_BK: tl.constexpr,
     LATE_BK: tl.constexpr,
     LATE_STAGES: tl.constexpr,
-    TILES: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """y = x w^T + bias + h B^T. Grid: (PROGRAMS for h + N / BN tiles,).
+    """y = x w^T + bias + h B^T. Grid: (PROGRAMS for h + N / BN * PARTS tiles,).
 
-    x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK, SPLITS * SHRINK_BK and LATE_BK, slices by BN. w_tiles: a tensor
-    descriptor of w, which is read through it if TILES. h (SPLITS, BT, SLICES, LIMIT) int32: tagged sums over SPLITS equal parts of K; only
-    words of a row's own adapter are written. PROGRAMS may be 0: then every tile computes its own. meta: first tag less one, number of rank
-    rows. end0, end1: where the outputs of the first and of the second slice end; N where there is no further slice. EARLY: inputs that are
-    left when a tile asks for h and B, a multiple of BK.
+    x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK, SPLITS * SHRINK_BK and LATE_BK, slices by BN. h (SPLITS, BT, SLICES,
+    LIMIT) int32: tagged sums over SPLITS equal parts of K; only words of a row's own adapter are written. PROGRAMS may be 0: then every tile
+    computes its own. meta: first tag less one, number of rank rows. end0, end1: where the outputs of the first and of the second slice end;
+    N where there is no further slice.
+
+    A tile's product and its rank rows are shared by PARTS programs, K as equally as its blocks allow. sums (N / BN, PARTS, BT, BN) float32
+    and arrived (N / BN,) int32, zero before and after, are used where there are several. EARLY: inputs that are left of the first part when
+    it asks for h and B, a multiple of BK.
     """
     t = tl.arange(0, BT)
     owner_T = tl.load(owners + t, mask=t < T, other=-1)
@@ -326,7 +354,9 @@ def linear_kernel(
                 T, K, LIMIT, SLICES, SPLITS, PROGRAMS, BT, SHRINK_BR, SHRINK_BK,
             )  # fmt: skip
             return
-    n0 = (tl.program_id(0) - PROGRAMS) * BN
+    tile = (tl.program_id(0) - PROGRAMS) // PARTS
+    part = (tl.program_id(0) - PROGRAMS) % PARTS
+    n0 = tile * BN
     n = n0 + tl.arange(0, BN)
     s = slice_of(n0, end0, end1)
     tag = _tag(first_tag, layer)
@@ -343,26 +373,31 @@ def linear_kernel(
     b_RN = tl.zeros((BR, BN), dtype=x.dtype.element_ty)
     k = tl.arange(0, BK)
     acc = tl.zeros((BT, BN), dtype=tl.float32)
-    for k0 in tl.range(0, K, BK, num_stages=STAGES):
-        if TILES:
-            w_KN = w_tiles.load([n0, k0]).T
-        else:
-            w_KN = tl.load(w + n[None, :].to(tl.int64) * K + (k0 + k)[:, None])
+    blocks: tl.constexpr = K // BK
+    end = (part + 1) * blocks // PARTS * BK
+    early = tl.where(part == 0, end - EARLY, -1)
+    for k0 in tl.range(part * blocks // PARTS * BK, end, BK, num_stages=STAGES):
+        w_KN = tl.load(w + n[None, :].to(tl.int64) * K + (k0 + k)[:, None])
         x_TK = tl.load(x + t[:, None] * K + (k0 + k)[None, :], mask=(t < T)[:, None], other=0.0)
         acc = tl.dot(x_TK, w_KN, acc)
-        if k0 == K - EARLY:
+        if k0 == early:
             word = _words(h, place, _own(owner_T, low(owner_R)), tag)
             other = _words(h, place + SPLIT, _own(owner_T, low(owner_R)), tag)
             b_RN = _read_b(arena, b_off, span, n)
-    own = _own(owner_T, low(owner_R))
-    if BIAS:
-        acc += tl.load(bias + n).to(tl.float32)[None, :]
-    acc = _expand_tile(
-        acc, b_RN, word, other, x, arena, table, h, t, own, place, tag, r, T, K, LIMIT, SPLIT, BT, BR, LATE_BK
-    )
+    if part == 0:
+        own = _own(owner_T, low(owner_R))
+        acc = _expand_tile(
+            acc, b_RN, word, other, x, arena, table, h, t, own, place, tag, r, T, K, LIMIT, SPLIT, BT, BR, LATE_BK
+        )
     if n_rows > BR:
         acc = _expand_rest(
-            acc, x, arena, table, h, t, owner_T, s, tag, n, n_rows,
-            T, K, LIMIT, SLICES, SPLIT, BT, BR, LATE_BK, LATE_STAGES,
+            acc, x, arena, table, h, t, owner_T, s, tag, n, part, n_rows,
+            T, K, LIMIT, SLICES, SPLIT, PARTS, BT, BR, LATE_BK, LATE_STAGES,
         )  # fmt: skip
+    if PARTS > 1:
+        acc, last = _sum_of_parts(acc, sums, arrived, tile, part, t, T, PARTS, BT, BN)
+        if not last:
+            return
+    if BIAS:
+        acc += tl.load(bias + n).to(tl.float32)[None, :]
     tl.store(y + t[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None])

@@ -36,6 +36,9 @@ MAX_SPLITS = 2
 EARLY = 512
 # Pipeline stages of the rank rows behind a tile's first, where it takes many at a time and where few.
 LATE_STAGES = (3, 6)
+# Numbers in the sums of tiles whose K is in parts, at most: parts x rows x outputs. And of one tile, at least.
+SUMS = 2**22
+SMALLEST_SUM = 2 * 16 * 16
 # Rows of a batch up to which the product is bound by its weights' bytes, and one tile holds all of them.
 FUSED_TOKENS = 128
 # Rows of the batch (a power of two) and whether it may have more than `few_rows` rank rows: what there are tiles for. At 128 rows the
@@ -69,8 +72,8 @@ H200 = Device(132, 232_448)
 
 @dataclass(frozen=True)
 class Tiles:
-    """block_n x block_k of W at a time in `stages` pipeline stages by `warps` warps; descriptor: through a tensor descriptor. early: inputs
-    that are left when a tile asks for h and B, a multiple of block_k.
+    """block_n x block_k of W at a time in `stages` pipeline stages by `warps` warps, K in `parts` parts by as many blocks. early: inputs that
+    are left when a tile asks for h and B, a multiple of block_k.
 
     rows: rank rows of h and B at a time; those behind the first are asked for (late_stages - 1) // 2 times ahead. programs: blocks that
     compute h, shrink_rows rank rows and shrink_k inputs at a time, K in `splits` parts.
@@ -80,7 +83,7 @@ class Tiles:
     block_k: int
     stages: int
     warps: int
-    descriptor: bool
+    parts: int
     early: int
     rows: int
     late_stages: int
@@ -132,7 +135,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
         # One more than buffers.
         stages=max(2, min(6, shared // buffer + 1)),
         warps=8 if block_n >= 128 or block_t == 128 else 4,
-        descriptor=block_n == 64 and block_t == 16,
+        parts=1,
         early=min(EARLY, inputs) // block_k * block_k,
         rows=rows,
         late_stages=LATE_STAGES[many and rows <= 32],

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sgl_bdlora.kernels.device_batch import LIMIT, SMALLEST_TILE, DeviceBatch, Table, tile_rows
 from sgl_bdlora.kernels.fused import linear_kernel
@@ -26,6 +25,8 @@ from sgl_bdlora.kernels.tiles import (
     KINDS,
     SHRINK_ROWS,
     SHRINK_STAGES,
+    SMALLEST_SUM,
+    SUMS,
     Device,
     Tiles,
     divisor,
@@ -92,6 +93,9 @@ class TritonOps:
         self.known = KnownAdapters(LayerIndex([host for host in hosts if self.plans[host.path]]))
         self.batch = DeviceBatch(arena, self.known, max_adapters, collectives is not None)
         self._arena, self._collectives = arena, collectives
+        # Of tiles whose K is in parts; all launches are of one stream.
+        self._sums = torch.empty(SUMS, dtype=torch.float32, device=arena.device)
+        self._arrived = torch.zeros(SUMS // SMALLEST_SUM, dtype=torch.int32, device=arena.device)
         self._fewest_programs, self._most_programs = PROGRAMS, PROGRAMS_EACH * self._device.multiprocessors
         if arena.device.type != "cuda":
             # The interpreter runs program after program.
@@ -160,13 +164,9 @@ class TritonOps:
     ) -> None:
         """The same into y, without pieces that are put together over the ranks."""
         tokens = len(x_TK)
-        w_tiles = w_NK
-        if tiles.descriptor:
-            w_tiles = TensorDescriptor(w_NK, w_NK.shape, w_NK.stride(), [tiles.block_n, tiles.block_k])
-        linear_kernel[(tiles.programs + plan.outputs // tiles.block_n,)](
+        linear_kernel[(tiles.programs + plan.outputs // tiles.block_n * tiles.parts,)](
             x_TK,
             w_NK,
-            w_tiles,
             w_NK if bias_N is None else bias_N,
             y_TN,
             self._arena,
@@ -174,6 +174,8 @@ class TritonOps:
             self.batch.owners.meta,
             self.batch.owners.rows,
             self.batch.words,
+            self._sums,
+            self._arrived,
             layer,
             tokens,
             plan.outputs,
@@ -183,6 +185,7 @@ class TritonOps:
             SLICES=plan.slices,
             SPLITS=tiles.splits,
             PROGRAMS=tiles.programs,
+            PARTS=tiles.parts,
             BT=_block_t(tokens),
             BN=tiles.block_n,
             BK=tiles.block_k,
@@ -193,7 +196,6 @@ class TritonOps:
             SHRINK_BK=tiles.shrink_k,
             LATE_BK=min(tiles.shrink_k, 64),
             LATE_STAGES=tiles.late_stages,
-            TILES=tiles.descriptor,
             BIAS=bias_N is not None,
             num_warps=tiles.warps,
         )
