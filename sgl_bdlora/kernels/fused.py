@@ -14,6 +14,9 @@ tile of x W^T, to which it adds the expand before it stores it: y is written onc
 tile waits for h itself, every word of which carries a tag of the launch that wrote it. A tile whose tags do not come computes its part of
 the shrink itself, so it ends whether or not the others ever get a place on the chip.
 
+Where tiles would be narrow, or x is read again and again by many of them, several programs share a tile: each has a part of K and some of
+the rank rows, and whichever comes last adds what all have left (float32, in the order of the parts).
+
 What a tile needs of the tables is loaded before the product, and what they point to (B, h) is asked for shortly before the product ends:
 nothing waits in front of the weights, and little behind them. Rows beyond the batch are masked, not repeated: hundreds of programs that
 ask for the same line of x wait for each other (2 us of 11, one token).
@@ -335,9 +338,9 @@ def linear_kernel(
     """y = x w^T + bias + h B^T. Grid: (PROGRAMS for h + N / BN * PARTS tiles,).
 
     x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK, SPLITS * SHRINK_BK and LATE_BK, slices by BN. h (SPLITS, BT, SLICES,
-    LIMIT) int32: tagged sums over SPLITS equal parts of K; only words of a row's own adapter are written. PROGRAMS may be 0: then every tile
-    computes its own. meta: first tag less one, number of rank rows. end0, end1: where the outputs of the first and of the second slice end;
-    N where there is no further slice.
+    LIMIT) int32: tagged sums over SPLITS equal parts of K; only words of a row's own adapter are written. PROGRAMS may be 0: then every
+    tile computes its own. meta: first tag less one, number of rank rows. end0, end1: where the outputs of the first and of the second slice
+    end; N where there is no further slice.
 
     A tile's product and its rank rows are shared by PARTS programs, K as equally as its blocks allow. sums (N / BN, PARTS, BT, BN) float32
     and arrived (N / BN,) int32, zero before and after, are used where there are several. EARLY: inputs that are left of the first part when

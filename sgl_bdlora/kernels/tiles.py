@@ -1,12 +1,12 @@
 """Tile sizes of the linear kernel (fused.py), for a layer's shape and a number of rows.
 
-Swept on one H200, the four layers of Llama-3.1-8B at TP 2 (benchmarks/kernels/tune.py): 1 to 64 rows of 4 adapters, then 8 to 64 rows with
-160 and 512 rank rows; of 128 rows few variants (docs/performance.md, "Many rank rows and many requests"). What held for all of them: the
-launch should be one wave. A tile takes most of a multiprocessor's shared memory, because the weights' stream needs that much in flight, and
-the programs that compute h run on multiprocessors that have no tile. A launch of a few blocks more than there are multiprocessors costs up
-to twice the time. So tiles are as narrow as leaves room for those programs. What is chosen for other layers and sizes follows from that and
-was not swept, nor were narrow tiles for few rank rows but in o_proj at 32 rows, nor layers that are too wide for one wave (8B at TP 1, 70B
-at TP 2: gate and up).
+Swept on one H200 (benchmarks/kernels/tune.py): the four layers of Llama-3.1-8B at TP 2 with 1 to 128 rows, few rank rows and many, and
+those of 8B at TP 4 and 8 and of 70B at TP 8 with 8 and 32 rows and few rank rows. What held for all of them: the launch should be one
+wave, or at 8 rows a nearly full wave of two tiles to a multiprocessor. A tile takes most of a multiprocessor's shared memory, because the
+weights' stream needs that much in flight, and the programs that compute h run on multiprocessors that have no tile. A launch of a few
+blocks more than there are multiprocessors costs up to twice the time. So tiles are as narrow as leaves room for those programs. The
+narrowest are not worth their bytes of x: then tiles are wider and programs share their K, which costs 1 to 2 us and pays where K is long.
+What is chosen for other layers and sizes follows from that and was not swept.
 
 Many rank rows are bound by how many bytes of A and B are in flight on a multiprocessor, which gets some 36 GB/s and waits 2 us for each
 load while all of them read: so h is computed for more of them at a time, and a tile reads many at once or asks for few of them further
@@ -22,8 +22,8 @@ FEWEST, MOST = 12, 36
 FEW_ROWS = 128
 # And in a batch of up to 16 rows, whose tiles take so many at a time.
 FEWER_ROWS = 64
-# Shared memory that the product of one block may use, bytes; two thirds where several blocks come to a multiprocessor.
-SHARED = 147_000
+# Shared memory that the product of one block may use, bytes, and where two blocks may come to a multiprocessor.
+SHARED, _SHARED_TWO = 147_000, 98_304
 # Of a block's shared memory, what its loops leave to the rest.
 _REST = 16_000
 # Pipeline stages of the loads for h. There are as many buffers where rows are 64 and more, and one fewer else.
@@ -50,8 +50,11 @@ _SHRINK_MANY = {16: 32, 32: 64, 64: 32}
 _BUSY_FEWEST, _BUSY_MOST, _BUSY_ROWS = 60, 72, 64
 # There, numbers of x up to which h is computed in one part: half as much of h to read for every tile, and it is done in time.
 _ONE_PART = 2**17
-# There, shared memory of the product's block in layers of several slices, few rows: two blocks on a multiprocessor.
-_SHARED_PAIR = 80_000
+# In small batches, shared memory of the product's block where two should come to a multiprocessor: with many rank rows in layers of several
+# slices, and where so many tiles are at least this part of what there is room for.
+_SHARED_PAIR, _PAIRS = 80_000, 0.8
+# Inputs from which it pays to share a tile's K between programs, and how many at most.
+_LONG, _MOST_PARTS = 4096, 4
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ H200 = Device(132, 232_448)
 
 @dataclass(frozen=True)
 class Tiles:
-    """block_n x block_k of W at a time in `stages` pipeline stages by `warps` warps, K in `parts` parts by as many blocks. early: inputs that
-    are left when a tile asks for h and B, a multiple of block_k.
+    """block_n x block_k of W at a time in `stages` pipeline stages by `warps` warps; a tile's K is shared by `parts` blocks. early: inputs
+    that are left when a tile asks for h and B, a multiple of block_k.
 
     rows: rank rows of h and B at a time; those behind the first are asked for (late_stages - 1) // 2 times ahead. programs: blocks that
     compute h, shrink_rows rank rows and shrink_k inputs at a time, K in `splits` parts.
@@ -104,29 +107,31 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
     widths = [n for n in WIDTHS if all(end % n == 0 for end in ends)]
     if not widths:
         return None
-    slices, multiprocessors = len(ends), device.multiprocessors
+    slices, outputs, multiprocessors = len(ends), ends[-1], device.multiprocessors
     # From 32 rows on x comes to as many bytes as W, so it pays to spread both over more blocks; few rank rows leave it to four.
     fewest, most, shrink_rows = 4 if block_t > 16 and not many else FEWEST, MOST, SHRINK_ROWS
     if many:
         shrink_rows = _SHRINK_MANY[block_t]
-        if block_t == 64 and slices == 3 and ends[-1] // widths[-1] + _BUSY_FEWEST <= multiprocessors:
+        if block_t == 64 and slices == 3 and outputs // widths[-1] + _BUSY_FEWEST <= multiprocessors:
             fewest, most, shrink_rows = _BUSY_FEWEST, _BUSY_MOST, _BUSY_ROWS
-    block_n = next((n for n in widths if ends[-1] // n + fewest <= multiprocessors), widths[-1])
-    blocks = ends[-1] // block_n
-    block_k = divisor(256 if block_n <= 64 and block_t == 16 else 128, inputs)
-    programs = min(most, max(fewest, multiprocessors - blocks))
+    block_n, parts, pairs = _grid(widths, outputs, inputs, block_t, many, slices, fewest, multiprocessors)
+    blocks = outputs // block_n * parts
+    # As swept. One wave of tiles of 32 starts sooner with small pieces.
+    deep = block_t == 16 and parts == 1 and {16: True, 32: pairs or many, 64: not pairs}.get(block_n, False)
+    block_k = divisor(256 if deep else 128, inputs)
+    programs = most if pairs else min(most, max(fewest, multiprocessors - blocks))
     if programs < FEWEST:
         shrink_rows = 64
-    parts = 1 if many and slices < 3 and block_t * inputs <= _ONE_PART else MAX_SPLITS
+    most_splits = 1 if many and slices < 3 and block_t * inputs <= _ONE_PART else MAX_SPLITS
     room = device.loops // (SHRINK_STAGES * 2 * (block_t + shrink_rows))
-    splits, shrink_k = _shrink_parts(inputs, min(256 if block_t == 16 else 128, power_of_two(room)), parts)
+    splits, shrink_k = _shrink_parts(inputs, min(256 if block_t == 16 else 128, power_of_two(room)), most_splits)
     if min(block_k, shrink_k) < 16:
         return None
     shared = min(SHARED, device.loops)
-    if blocks + fewest > multiprocessors:
-        shared = shared * 2 // 3
+    if parts > 1 or blocks + fewest > multiprocessors:
+        shared = min(_SHARED_TWO, device.loops * 2 // 3)
     buffer = (block_t + block_n) * block_k * 2
-    if many and slices > 1 and block_t == 16 and 2 * buffer <= _SHARED_PAIR:
+    if pairs or (many and slices > 1 and block_t == 16 and 2 * buffer <= _SHARED_PAIR):
         shared = min(shared, _SHARED_PAIR)
     rows = _rows(block_t, block_n, many)
     tiles = Tiles(
@@ -135,8 +140,8 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
         # One more than buffers.
         stages=max(2, min(6, shared // buffer + 1)),
         warps=8 if block_n >= 128 or block_t == 128 else 4,
-        parts=1,
-        early=min(EARLY, inputs) // block_k * block_k,
+        parts=parts,
+        early=min(EARLY // block_k, inputs // block_k // parts) * block_k,
         rows=rows,
         late_stages=LATE_STAGES[many and rows <= 32],
         programs=programs,
@@ -149,6 +154,36 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
     return tiles
 
 
+def _grid(
+    widths: Sequence[int],
+    outputs: int,
+    inputs: int,
+    block_t: int,
+    many: bool,
+    slices: int,
+    fewest: int,
+    multiprocessors: int,
+) -> tuple[int, int, bool]:
+    """Columns of a tile, parts of its K, and whether two tiles come to a multiprocessor. fewest: programs that compute h."""
+    if block_t == 16:
+        for n in widths:
+            if n >= (64 if many else 32) and _PAIRS * 2 * multiprocessors <= outputs // n <= 2 * multiprocessors:
+                return n, 1, True
+    wave = next((n for n in widths if outputs // n + fewest <= multiprocessors), widths[-1])
+    wide, beside = wave, max(MOST, fewest)
+    if wave == 16:
+        wide = 32
+    elif wave == 32 and block_t == FUSED_TOKENS:
+        wide, beside = 64, fewest
+    elif many and slices == 1 and block_t > 16:
+        wide = 128
+    if wide > wave and wide in widths and inputs >= _LONG:
+        parts = min(_MOST_PARTS, (multiprocessors - beside) // (outputs // wide))
+        if parts > 1:
+            return wide, parts, False
+    return wave, 1, False
+
+
 def few_rows(tokens: int) -> int:
     """Rank rows up to which a batch of so many rows has few."""
     return FEWER_ROWS if tokens <= KINDS[0][0] else FEW_ROWS
@@ -156,9 +191,7 @@ def few_rows(tokens: int) -> int:
 
 def _rows(block_t: int, block_n: int, many: bool) -> int:
     """As many as leave registers for h."""
-    if block_t == 128:
-        return 16 if block_n >= 128 else 32
-    if block_t == 64 or (many and block_t == 32):
+    if block_t >= 64 or (many and block_t == 32):
         return 32
     return 128 if many and block_n < 128 else FEWER_ROWS
 

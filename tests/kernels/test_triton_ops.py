@@ -183,20 +183,35 @@ def test_a_tile_whose_shrink_does_not_come_computes_it(engine, device, monkeypat
 )
 @pytest.mark.parametrize("popularity", ["skewed", "many rows and rank rows", "none"])
 def test_other_tiles(engine, device, monkeypatch, change, popularity):
-    """Twice: a launch leaves everything as it found it. The same numbers, whichever part of K comes last."""
     ops, batch, x = case(engine, device, popularity, 6, static=True)
     generator = torch.Generator().manual_seed(4)
     weight = (torch.randn(sum(N), K, generator=generator) * 0.1).to(x)
     bias = torch.randn(sum(N), generator=generator).to(x)
+    give_tiles(monkeypatch, ops, change)
+    wanted = reference(engine[0], batch, x.float() @ weight.float().T + bias.float(), x, PATHS[0])
+    assert close(ops.linear(x, weight, bias, PATHS[0]), wanted, wanted.abs().max())
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_a_sum_is_of_this_launch_whoever_is_last(engine, device, monkeypatch, parts):
+    """Launch after launch with other activations, the same numbers whichever part of K is last: on a GPU a race, so many times."""
+    ops, _, x = case(engine, device, "none", 13, static=True)
+    weight = (torch.randn(sum(N), K, generator=torch.Generator().manual_seed(4)) * 0.1).to(x)
+    give_tiles(monkeypatch, ops, {"parts": parts, "block_k": 64, "early": 64})
+    xs = [x, -2 * x.flip(0), x.roll(1, 1)]
+    wanted = [x.float().cpu() @ weight.float().cpu().T for x in xs]
+    first = [ops.linear(x, weight, None, PATHS[0]) for x in xs]
+    assert all(close(got, y, y.abs().max()) for got, y in zip(first, wanted, strict=True))
+    for _ in range(1 if device.type == "cpu" else 500):
+        assert all(torch.equal(ops.linear(x, weight, None, PATHS[0]), y) for x, y in zip(xs, first, strict=True))
+
+
+def give_tiles(monkeypatch, ops, change):
+    """Every kind's tiles of the first layer with these fields, and tiles where the separate kernels would serve."""
     plan = ops.plans[PATHS[0]]
     tiles = {kind: replace(t, **change) for kind, t in plan.tiles.items()}
-    # Served by the separate kernels else.
     tiles[FUSED_TOKENS, True] = tiles[FUSED_TOKENS, False]
     monkeypatch.setitem(ops.plans, PATHS[0], replace(plan, tiles=tiles))
-    wanted = reference(engine[0], batch, x.float() @ weight.float().T + bias.float(), x, PATHS[0])
-    got = [ops.linear(x, weight, bias, PATHS[0]) for _ in range(2 if device.type == "cpu" else 200)]
-    assert close(got[0], wanted, wanted.abs().max())
-    assert all(torch.equal(again, got[0]) for again in got[1:])
 
 
 @pytest.mark.usefixtures("_impatient")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from sgl_bdlora.kernels.rows import TOGETHER, padded
-from sgl_bdlora.kernels.tiles import FEW_ROWS, FEWER_ROWS, H200, KINDS, Device, few_rows, tiles_for
+from sgl_bdlora.kernels.tiles import FEW_ROWS, FEWER_ROWS, H200, KINDS, SMALLEST_SUM, SUMS, Device, few_rows, tiles_for
 
 L40S = Device(142, 101_376)
 # (hidden, q, k and v, inner): Llama-3.1 8B and 70B, Qwen2.5 7B and 0.5B, the demo's.
@@ -42,7 +42,12 @@ def test_pieces_divide_and_fit(model, device):
             assert inputs % tiles.block_k == 0
             assert inputs % (tiles.splits * tiles.shrink_k) == 0
             assert min(tiles.block_k, tiles.shrink_k) >= 16
-            assert 0 < tiles.early <= inputs
+            assert 0 < tiles.early <= inputs // tiles.block_k // tiles.parts * tiles.block_k
+            assert tiles.parts == 1 or tiles.parts * block_t * tiles.block_n >= SMALLEST_SUM
+            assert tiles.parts == 1 or tiles.parts * block_t * ends[-1] <= SUMS
+            assert (
+                tiles.parts == 1 or ends[-1] // tiles.block_n * tiles.parts + tiles.programs <= device.multiprocessors
+            )
             assert tiles.early % tiles.block_k == 0
             assert all(end % tiles.block_n == 0 for end in ends)
             assert max(tiles.buffers(block_t)) <= device.loops, tiles
@@ -60,10 +65,26 @@ def test_a_device_with_little_shared_memory_takes_fewer_rank_rows_at_a_time():
     [
         # q/k/v and gate/up of 8B at TP 2: two blocks on a multiprocessor; at TP 1 two buffers of gate/up would not leave room for that.
         ([2048, 2560, 3072], 4096, (16, True), {"stages": 4, "splits": 2, "rows": 128}),
-        ([7168, 14336], 4096, (16, True), {"stages": 3, "splits": 1, "rows": 64}),
+        ([7168, 14336], 4096, (16, True), {"block_n": 64, "stages": 4, "splits": 1, "parts": 1, "programs": 36}),
         ([14336, 28672], 4096, (16, True), {"stages": 3}),
         ([3584, 7168], 4096, (16, True), {"block_n": 64, "stages": 4}),
-        # One part of K where x is short.
+        # Two narrow tiles on a multiprocessor where they nearly fill all places (many rank rows: none of 32), one wave else.
+        ([7168, 14336], 4096, (16, False), {"block_n": 64, "block_k": 128, "stages": 4, "programs": 36}),
+        ([8192], 3584, (16, False), {"block_n": 32, "block_k": 256, "stages": 4}),
+        ([8192], 3584, (16, True), {"block_n": 128}),
+        ([4096], 7168, (16, False), {"block_n": 64, "block_k": 256, "parts": 1}),
+        ([7168, 14336], 4096, (32, False), {"block_n": 128, "parts": 1}),
+        # A tile's K is shared: q/k/v at TP 8, 4 and, of 70B, 8; 128 rows; many rank rows of one slice. Not where K is short.
+        ([512, 640, 768], 4096, (16, False), {"block_n": 32, "parts": 4, "programs": 36, "early": 512}),
+        ([512, 640, 768], 4096, (64, True), {"block_n": 32, "parts": 3, "programs": 60}),
+        ([1024, 1280, 1536], 4096, (32, False), {"block_n": 32, "parts": 2, "programs": 36}),
+        ([1024, 1152, 1280], 8192, (16, True), {"block_n": 32, "parts": 2}),
+        ([1024, 1152, 1280], 2048, (16, True), {"block_n": 16, "parts": 1}),
+        ([2048, 2560, 3072], 4096, (128, False), {"block_n": 64, "parts": 2, "stages": 3}),
+        ([4096], 7168, (128, False), {"block_n": 64, "parts": 2, "programs": 4, "rows": 32}),
+        ([4096], 7168, (32, True), {"block_n": 128, "parts": 3, "stages": 3, "programs": 36}),
+        ([4096], 2048, (32, True), {"block_n": 64, "parts": 1}),
+        # One part of K for h where x is short.
         ([4096], 7168, (16, True), {"splits": 1}),
         ([4096], 7168, (32, True), {"splits": 2}),
         ([4096], 2048, (64, True), {"splits": 1}),
