@@ -1,10 +1,11 @@
 """The decode step at other tensor-parallel sizes, predicted from rows of one size.
 
-    python -m benchmarks.latency.predict MEASURED [MEASURED ...] --products TUNE [--tp 4 8] [--model 70b] [--layers 20] [--output FILE]
+    python -m benchmarks.latency.predict MEASURED [MEASURED ...] --products TUNE [--kernels TUNE] [--tp 4 8] [--model 70b] [--layers 20] \
+        [--output FILE]
 
 MEASURED: rows of `python -m benchmarks.latency` of one model at one size, with the arm no-lora; each file's model is predicted, with all
-its layers, unless --model and --layers name others. TUNE: rows of `python -m benchmarks.kernels.tune` at the same size, cuBLAS's
-microseconds for each of a layer's products. A step is the product of lm_head and its decoder layers, and one of those
+its layers, unless --model and --layers name others. TUNE: rows of `python -m benchmarks.kernels.tune`, cuBLAS's microseconds
+for each of a layer's products. A step is the product of lm_head and its decoder layers, and one of those
 
     sum over its four products of (start + bytes / tp / bandwidth)  +  2 all-reduces  +  the rest  +  what the arm adds
 
@@ -13,6 +14,11 @@ each batch; what an arm adds is its step less no-lora's. What arms without colle
 function of the rank rows that the batch's adapters have on a rank (sgl_bdlora/kernels/rows.py), drawn through all of their points at a
 batch: at another size plain adapters have as many, while block-diagonal ones are matched anew, with a block for every rank, and have
 fewer. How well rank rows alone explain the points is printed: the error of each from the line through the others.
+
+One rank's kernels can be timed on one GPU at any size: --kernels names rows of `python -m benchmarks.kernels.tune --chosen` at the sizes
+to predict, --products then those of the kernels that MEASURED ran, with LoRA, at its size. Where there are rows for an arm's batch and up
+to its rank rows, what it adds is what its kernels take longer than cuBLAS at that size, and what MEASURED has beside that (the median over
+the rank rows that --products has; of another model where MEASURED's has none).
 
 Assumed, not measured: one small all-reduce takes ALL_REDUCE_US microseconds, S-LoRA has four more a layer, and what else S-LoRA adds, and
 what so many rank rows add, is the same at every size. What a step costs once, however many layers there are, counts as theirs: a model
@@ -23,7 +29,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,7 +41,8 @@ from sgl_bdlora.kernels.rows import TOGETHER, padded
 # One-shot, through NVLink, of a few kilobytes: 2.5 at TP 2 (a profile, docs/performance.md); a rank reads tp - 1 others.
 ALL_REDUCE_US = {1: 0.0, 2: 2.5, 4: 3.5, 8: 5.0}
 BASE_COLLECTIVES, S_LORA_COLLECTIVES = 2, 4
-MODELS = {shape.name: shape for shape in (LLAMA_8B, LLAMA_70B)}
+SHORT = {"8b": LLAMA_8B, "70b": LLAMA_70B}
+MODELS = {shape.name: shape for shape in SHORT.values()}
 PRODUCTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "o_proj": ("o_proj",),
@@ -83,6 +90,7 @@ class Model:
     """Microseconds of a decoder layer.
 
     rest: by batch. local: (rank rows, what they add), by batch, ascending. added: by arm and batch, of the arms with collectives.
+    kernels: (rank rows, what they take longer than cuBLAS), by size and batch, ascending. beside: what local arms add to that, by batch.
     """
 
     tp: int
@@ -91,13 +99,24 @@ class Model:
     rest: dict[int, float]
     local: dict[int, list[tuple[int, float]]]
     added: dict[tuple[Arm, int], float]
+    kernels: dict[tuple[int, int], list[tuple[int, float]]] = field(default_factory=dict)
+    beside: dict[int, float] = field(default_factory=dict)
+
+    def timed(self, tp: int, batch: int, rank_rows: int) -> bool:
+        """Whether kernels were timed at this size, batch, and so many rank rows."""
+        points = self.kernels.get((tp, batch))
+        return batch in self.beside and bool(points) and rank_rows <= points[-1][0]
 
     def step_ms(self, shape: Shape, tp: int, batch: int, arm: Arm | None = None) -> float:
         """arm: None: without LoRA."""
         layer = sum(self._product(product_bytes(shape, name), tp) for name in PRODUCTS)
         layer += BASE_COLLECTIVES * ALL_REDUCE_US[tp] + self.rest[batch]
         if arm is not None and arm.local:
-            layer += through(self.local[batch], arm.rank_rows(shape, tp, batch))
+            rank_rows = arm.rank_rows(shape, tp, batch)
+            if self.timed(tp, batch, rank_rows):
+                layer += through(self.kernels[tp, batch], rank_rows) + self.beside[batch]
+            else:
+                layer += through(self.local[batch], rank_rows)
         elif arm is not None:
             layer += self.added[arm, batch]
             if arm.name == "s-lora":
@@ -123,7 +142,7 @@ def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape, list[
     Raises ValueError where rows are missing.
     """
     points = [row for row in measured if row.get("kind") == "point" and row["output_len"] >= 64]
-    sizes = {row["tp"] for row in [*points, *products]}
+    sizes = {row["tp"] for row in points}
     if len(sizes) != 1 or not any(row["arm"] == "no-lora" for row in points):
         raise ValueError(f"rows of one tensor-parallel size with the arm no-lora are needed, not of {sorted(sizes)}")
     models = {(row["model"], row["layers"]) for row in points}
@@ -135,11 +154,11 @@ def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape, list[
         raise ValueError(f"rows of adapters of all modules are needed, not of {', '.join(sorted(changed))}")
     (tp,), ((name, layers),) = sizes, models
     shape = replace(MODELS[name], layers=layers)
-    cublas = {(row["layer"], row["tokens"]): row["cublas_us"] for row in products}
-    if {name for name, _ in cublas} != set(PRODUCTS):
-        raise ValueError(f"the products' rows have {sorted({name for name, _ in cublas})} of {sorted(PRODUCTS)}")
-    # The products' rows are of one model; a line through them holds for all sizes.
-    start, per_byte = line((product_bytes(LLAMA_8B, name) / tp, us) for (name, _), us in cublas.items())
+    cublas = {(row["layer"], row["tokens"], row["tp"], row.get("model", "8b")): row["cublas_us"] for row in products}
+    if {name for name, *_ in cublas} != set(PRODUCTS):
+        raise ValueError(f"the products' rows have {sorted({name for name, *_ in cublas})} of {sorted(PRODUCTS)}")
+    # One line through the products of all models and sizes.
+    start, per_byte = line((product_bytes(SHORT[of], name) / at, us) for (name, _, at, of), us in cublas.items())
     bare = Model(tp, start, per_byte, dict.fromkeys({row["batch"] for row in points}, 0.0), {}, {})
     step = _means(((arm_of(row), row["batch"]), row["decode_ms"] * 1e3 / layers) for row in points)
     without = {batch: us for (arm, batch), us in step.items() if arm is None}
@@ -156,7 +175,32 @@ def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape, list[
         for batch in without
     }
     others = {key: us for key, us in added.items() if not key[0].local}
-    return Model(tp, start, per_byte, rest, local, others), MODELS[name], list(dict.fromkeys(arm for arm, _ in added))
+    ran = kernels_of(products, MODELS[name])
+    beside = {
+        batch: statistics.median(through(local[batch], count) - us for count, us in ran[tp, batch])
+        for batch in local
+        if local[batch] and (tp, batch) in ran
+    }
+    model = Model(tp, start, per_byte, rest, local, others, beside=beside)
+    return model, MODELS[name], list(dict.fromkeys(arm for arm, _ in added))
+
+
+def kernels_of(rows: list[dict], shape: Shape) -> dict[tuple[int, int], list[tuple[int, float]]]:
+    """Of a model, from rows of the tuning benchmark in which all of a layer's products were timed with LoRA: Model.kernels."""
+    longer: dict = {}
+    for row in rows:
+        if SHORT[row.get("model", "8b")] == shape and "linear_us" in row:
+            count = min(row["adapters"], row["tokens"]) * padded(row["rank"], TOGETHER)
+            products = longer.setdefault((row["tp"], row["tokens"]), {}).setdefault(count, {})
+            products.setdefault(row["layer"], []).append(row["linear_us"] - row["cublas_us"])
+    found = {}
+    for at, counts in longer.items():
+        points = [
+            (n, sum(map(statistics.mean, of.values()))) for n, of in sorted(counts.items()) if set(of) == set(PRODUCTS)
+        ]
+        if points:
+            found[at] = points
+    return found
 
 
 def arm_of(row: dict) -> Arm | None:
@@ -188,21 +232,25 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("measured", type=Path, nargs="+", metavar="MEASURED")
     add("--products", type=Path, required=True, metavar="TUNE")
+    add("--kernels", type=Path, metavar="TUNE", help="of one rank at the sizes to predict")
     add("--tp", type=int, nargs="+", default=[4, 8], choices=sorted(ALL_REDUCE_US))
     add(
         "--output", type=Path, default=RESULTS / "prediction.jsonl", help="default: benchmarks/results/prediction.jsonl"
     )
-    add("--model", choices=("8b", "70b"), help="predict this one (default: the one that was measured)")
+    add("--model", choices=list(SHORT), help="predict this one (default: the one that was measured)")
     add("--layers", type=int, help="of them (default: all)")
     args = parser.parse_args(argv)
     try:
         fitted = {path: fit(read_rows(path), read_rows(args.products)) for path in args.measured}
+        kernels = read_rows(args.kernels) if args.kernels else []
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    beside = next((model.beside for model, *_ in fitted.values() if model.beside), {})
     for path, (model, measured, arms) in fitted.items():
-        shape = {None: measured, "8b": LLAMA_8B, "70b": LLAMA_70B}[args.model]
+        shape = SHORT.get(args.model, measured)
         shape = replace(shape, layers=args.layers or shape.layers)
         rows = Rows(args.output, benchmark="prediction", measured=path.name, products=args.products.name)
+        model = replace(model, kernels=kernels_of(kernels, shape), beside=model.beside or beside)
         _predict(model, shape, args.tp, arms, rows)
     print(args.output)
     return 0
@@ -227,7 +275,10 @@ def _predict(model: Model, shape: Shape, sizes: Iterable[int], arms: Sequence[Ar
                 if not (model.local[batch] if arm.local else (arm, batch) in model.added):
                     continue
                 step, ratio = model.step_ms(shape, tp, batch, arm), arm.params_ratio(shape, tp)
-                about = {"rank_rows": arm.rank_rows(shape, tp, batch)} if arm.local else {}
+                about = {}
+                if arm.local:
+                    count = arm.rank_rows(shape, tp, batch)
+                    about = {"rank_rows": count, "kernels_timed": model.timed(tp, batch, count)}
                 rows.write(
                     model=shape.name,
                     tp=tp,
@@ -238,8 +289,8 @@ def _predict(model: Model, shape: Shape, sizes: Iterable[int], arms: Sequence[Ar
                     decode_ms=step,
                     **about,
                 )
-                told = "".join(f", {count} rank rows" for count in about.values())
-                print(f"  {f'{arm.name} {ratio:.2f}x {arm.mix}{told}':<48} {step:6.2f} ms  {step / without:.2f}x")
+                told = f", {count} rank rows{', timed' * about['kernels_timed']}" if arm.local else ""
+                print(f"  {f'{arm.name} {ratio:.2f}x {arm.mix}{told}':<52} {step:6.2f} ms  {step / without:.2f}x")
 
 
 if __name__ == "__main__":

@@ -489,7 +489,7 @@ def test_prediction_gives_back_what_it_was_fitted_on():
     assert model.step_ms(LLAMA_8B, 2, 8, between) == pytest.approx(3.5 + 0.5 * (160 - 48) / (256 - 48))
     assert model.step_ms(LLAMA_8B, 4, 8, plain) == pytest.approx(4.0 - saved)
     with pytest.raises(ValueError, match="one tensor-parallel size"):
-        fit([{**row, "tp": 4} for row in measured], products)
+        fit([{**measured[0], "tp": 4}, *measured], products)
     with pytest.raises(ValueError, match="one model"):
         fit([*measured, {**measured[0], "model": LLAMA_70B.name}], products)
     with pytest.raises(ValueError, match="all modules are needed, not of attention"):
@@ -516,6 +516,39 @@ def test_prediction_of_a_run_that_was_cut_off(tmp_path, capsys):
     assert {row["arm"] for row in told if row["batch"] == 128} == {"no-lora", "s-lora"}
     assert {row["arm"] for row in told if row["batch"] == 8} == {"no-lora", "replicated", "block-diagonal", "s-lora"}
     assert "block-diagonal 0.86x 128x4, 128 rank rows" in capsys.readouterr().out
+
+
+def test_prediction_by_kernels_that_were_timed():
+    """At TP 2 adapters add 3 us beside what its kernels took longer than cuBLAS; at TP 8 that, and what those of now take longer."""
+    from benchmarks.files import LLAMA_8B
+    from benchmarks.latency.predict import PRODUCTS, Arm, fit, kernels_of
+
+    def timed(tp, rank, each, model="8b", tokens=8):
+        return [
+            {"model": model, "tp": tp, "layer": name, "tokens": tokens, "adapters": 4, "rank": rank}
+            | {"cublas_us": 5.0 + i, "linear_us": 5.0 + i + each}
+            for i, name in enumerate(PRODUCTS)
+        ]
+
+    point = {"kind": "point", "model": LLAMA_8B.name, "tp": 2, "layers": 32, "batch": 8, "output_len": 128}
+    point |= {"modules": "all", "mix": "16x4", "wanted_ratio": None}
+    measured = [
+        {**point, "arm": "no-lora", "decode_ms": 3.2},
+        {**point, "arm": "replicated", "decode_ms": 3.2 + 32 * 7.0 / 1e3},
+        {**point, "arm": "replicated", "mix": "64x4", "decode_ms": 3.2 + 32 * 19.0 / 1e3},
+    ]
+    model, shape, (few, many) = fit(measured, [*timed(2, 16, 1.0), *timed(2, 64, 4.0)])
+    assert model.beside == pytest.approx({8: 3.0})
+    new = [*timed(8, 16, 0.5), *timed(8, 32, 1.5), *timed(8, 16, 9.0, "70b"), *timed(4, 16, 1.0)[:3]]
+    # A batch of two has two adapters.
+    assert kernels_of(timed(8, 15, 0.5, tokens=2), shape) == {(8, 2): [(32, 2.0)]}
+    model = replace(model, kernels=kernels_of(new, shape))
+    assert model.kernels == {(8, 8): [(64, 2.0), (128, 6.0)]}
+    added = [model.step_ms(shape, tp, 8, arm) - model.step_ms(shape, tp, 8) for tp in (4, 8) for arm in (few, many)]
+    # More rank rows than were timed, or none timed at that size: as measured.
+    assert added == pytest.approx([32 * us / 1e3 for us in (7.0, 19.0, 2.0 + 3.0, 19.0)])
+    between = Arm("replicated", "24x4")
+    assert model.step_ms(shape, 8, 8, between) - model.step_ms(shape, 8, 8) == pytest.approx(32 * (4.0 + 3.0) / 1e3)
 
 
 def test_predicted_arms_have_the_rank_rows_of_their_size():
