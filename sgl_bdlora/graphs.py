@@ -1,8 +1,8 @@
 """Graphs by kind of batch.
 
 Decode: SGLang captures a size with and without adapters where its runner's record_nolora_graph says so (decode_cuda_graph_runner.py), under
-the labels "lora" and "nolora"; what our back end needs further is captured after "lora", under labels of our own. A batch is replayed under
-the label that the back end names for it, or under "lora" where that size has no such graph.
+the labels "lora" and "nolora"; what our back end needs further is captured after "lora", under labels of our own. A batch with adapters is
+replayed under the label that the back end names for it and the graph's rows.
 
 Prefill: SGLang captures a size once, with whatever a batch without adapters launches, and without a label: with our back end that is the
 base model. Kinds with adapters are captured after it, and told apart where the graphs are kept, because the runner takes any label for one
@@ -20,6 +20,7 @@ LORA = "lora"
 # Ours: more rank rows than the kernels in "lora" are tuned for; pieces that are put together over the ranks.
 MANY_ROWS = "lora-many-rows"
 COLLECTIVES = "lora-collectives"
+WITH_ADAPTERS = (LORA, MANY_ROWS, COLLECTIVES)
 
 _RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 _PREFILL = "sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner"
@@ -30,7 +31,6 @@ def register(hook) -> None:
     """hook: plugin.py's (target, function, kind)."""
     hook(f"{_RUNNER}.capture", _before_capture, "BEFORE")
     hook(f"{_RUNNER}.capture_one_shape", _around_capture_one_shape, "AROUND")
-    hook(f"{_RUNNER}._resolve_lora_variant", _around_resolve_lora_variant, "AROUND")
     hook(f"{_RUNNER}._make_graph_key", _around_make_graph_key, "AROUND")
     hook(f"{_RUNNER}.can_run_graph", _around_can_run_graph, "AROUND")
     hook(f"{_PREFILL}.capture_one_shape", _around_prefill_capture_one_shape, "AROUND")
@@ -81,21 +81,13 @@ def _capturing(kind: str):
         capture_mode._set_capture_lora_variant(before)
 
 
-def _around_resolve_lora_variant(original, runner, forward_batch):
-    variant = original(runner, forward_batch)
-    backend = _our_backend(runner.model_runner)
-    # Of SGLang's two only this one has adapters in it.
-    return backend.decode_graph if backend is not None and variant == LORA else variant
-
-
 def _around_make_graph_key(original, runner, size, stream_idx=None, variant_label=None):
+    """Of SGLang's two labels this one has adapters in it. While a graph is captured its label is settled."""
+    from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_lora_variant
+
     backend = _our_backend(runner.model_runner)
-    if (
-        backend is not None
-        and variant_label == MANY_ROWS
-        and MANY_ROWS not in backend.further_graphs(_rows(runner, size))
-    ):
-        variant_label = LORA
+    if backend is not None and variant_label == LORA and get_capture_lora_variant() not in WITH_ADAPTERS:
+        variant_label = backend.decode_graph(_rows(runner, size))
     return original(runner, size, stream_idx, variant_label)
 
 

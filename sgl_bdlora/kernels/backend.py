@@ -111,12 +111,14 @@ class BDLoRABackend(BaseLoRABackend):
         """Whether a captured decode graph computes the current batch."""
         return self._batch is None and (self._current is None or self._current.batch.replayable)
 
-    @property
-    def decode_graph(self) -> str:
-        """Which of the decode graphs with adapters computes it best."""
-        if self._current is not None and self._current.batch.combines:
+    def decode_graph(self, rows: int) -> str:
+        """Which of the decode graphs with adapters that have so many rows computes it best."""
+        if self._current is None:
+            return graphs.LORA
+        if self._current.batch.combines:
             return graphs.COLLECTIVES
-        return graphs.MANY_ROWS if self._current is not None and self._current.batch.many_rows else graphs.LORA
+        many = self._current.batch.has_many_rows(rows) and self._current.minds_many_rows(rows)
+        return graphs.MANY_ROWS if many else graphs.LORA
 
     @property
     def prefill_graph(self) -> str | None:
@@ -139,7 +141,7 @@ class BDLoRABackend(BaseLoRABackend):
         """
         self._batch = self._head = self._current = None
         captured = get_capture_lora_variant()
-        capturing = captured in (graphs.LORA, graphs.MANY_ROWS, graphs.COLLECTIVES)
+        capturing = captured in graphs.WITH_ADAPTERS
         distinct = distinct_adapters(adapters)
         if not (distinct or capturing):
             return

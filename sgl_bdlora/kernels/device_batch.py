@@ -141,10 +141,9 @@ class DeviceBatch:
         """Columns of h, of pieces that are put together over the ranks, that graphs have room for."""
         return 0 if self._static_combined is None else self._static_combined.shape[-1]
 
-    @property
-    def many_rows(self) -> bool:
-        """Whether the current batch may have many local rank rows in a layer (tiles.few_rows), on any rank."""
-        return self._rank_rows > few_rows(len(self._last_owners))
+    def has_many_rows(self, tokens: int) -> bool:
+        """Whether the current batch, filled up to so many rows, may have many local rank rows in a layer (tiles.few_rows), on any rank."""
+        return self._rank_rows > few_rows(tokens)
 
     @property
     def replayable(self) -> bool:
@@ -189,7 +188,7 @@ class DeviceBatch:
                 self._static_combined.zero_()
         self._last_adapters, self._last_owners = adapters, owners.copy()
         self.combines = combining or self._combined_width > 0
-        self.for_many_rows = many_rows if static else self.many_rows
+        self.for_many_rows = many_rows if static else self.has_many_rows(len(owners))
         # Distinct tags for all launches of this step and the last.
         self._first_tag = (self._first_tag + len(self._known.index)) % TAGS
         self.owners = self._static_owners

@@ -11,9 +11,8 @@ from sgl_bdlora.kernels.tiles import FEW_ROWS, H200, tiles_for
 
 
 class BackEnd:
-    """Needs a graph for many rank rows from 17 rows on; `decode_graph` is what the batch at hand wants."""
+    """Needs a graph for many rank rows from 17 rows on, and has a batch of many."""
 
-    decode_graph = graphs.MANY_ROWS
     prefill_graphs = (graphs.LORA, graphs.COLLECTIVES)
     replayable = True
 
@@ -24,6 +23,9 @@ class BackEnd:
 
         kind = get_capture_lora_variant()
         return kind if kind in self.prefill_graphs else None
+
+    def decode_graph(self, rows: int) -> str:
+        return graphs.MANY_ROWS if rows > 16 else graphs.LORA
 
     def further_graphs(self, rows: int) -> tuple[str, ...]:
         return (graphs.MANY_ROWS, graphs.COLLECTIVES) if rows > 16 else (graphs.COLLECTIVES,)
@@ -71,14 +73,28 @@ def test_further_kinds_are_captured_where_the_back_end_needs_them(size, width, m
         (16, 4, True, graphs.LORA),
     ],
 )
-def test_a_batch_is_replayed_under_a_label_that_its_size_has(size, width, ragged, label):
+def test_a_batch_is_replayed_under_a_label_for_the_graphs_rows(size, width, ragged, label):
     """Sizes count rows, not requests, with ragged verification."""
     of = runner(width=width, ragged=ragged)
-    wanted = graphs._around_resolve_lora_variant(lambda *_: graphs.LORA, of, None)
-    assert wanted == graphs.MANY_ROWS
-    assert graphs._around_make_graph_key(lambda _, *key: key, of, size, None, wanted) == (size, None, label)
-    assert graphs._around_make_graph_key(lambda _, *key: key, of, size, None, "nolora") == (size, None, "nolora")
-    assert graphs._around_resolve_lora_variant(lambda *_: "nolora", of, None) == "nolora"
+
+    def key(label, of=of):
+        return graphs._around_make_graph_key(lambda _, *key: key, of, size, None, label)
+
+    assert key(graphs.LORA) == (size, None, label)
+    assert key("nolora") == (size, None, "nolora")
+    assert key(graphs.LORA, runner("csgmv", width)) == (size, None, graphs.LORA)
+
+
+def test_a_graph_is_captured_under_its_own_label():
+    cpu.prepare_environment()
+    from sglang.srt.model_executor.runner_utils import capture_mode
+
+    capture_mode._set_capture_lora_variant(graphs.LORA)
+    try:
+        key = graphs._around_make_graph_key(lambda _, *key: key, runner(), 24, None, graphs.LORA)
+    finally:
+        capture_mode._set_capture_lora_variant(None)
+    assert key == (24, None, graphs.LORA)
 
 
 @pytest.fixture
