@@ -225,10 +225,6 @@ NAMES: dict[str, tuple[str, ...] | None] = {
         "stream_idx",
         "variant_label",
     ),
-    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._resolve_lora_variant": (
-        "self",
-        "forward_batch",
-    ),
     "sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner.capture_one_shape": (
         "self",
         "size",
