@@ -64,7 +64,10 @@ def without_shrink(plan: Plan | None) -> Plan | None:
 
 
 def graph_ms(run: Callable[[], object], before: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds of a replay of `run`; `before` runs ahead of each, outside the graph."""
+    """Median milliseconds of a replay of `run`; `before` runs ahead of each, outside the graph.
+
+    Captured on the stream that it ran on first (TritonOps.sums).
+    """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -73,7 +76,7 @@ def graph_ms(run: Callable[[], object], before: Callable[[], object], repeats: i
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     before()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         run()
     times = []
     for _ in range(repeats):

@@ -36,7 +36,6 @@ from tqdm import tqdm
 from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
 from benchmarks.kernels.shapes import MODELS, hosts
 from benchmarks.record import Rows
-from sgl_bdlora.kernels.device_batch import PADDING
 from sgl_bdlora.kernels.rows import TOGETHER, padded
 from sgl_bdlora.kernels.tiles import H200, MAX_SPLITS, SUMS, WIDTHS, Tiles, few_rows
 from sgl_bdlora.kernels.triton_ops import Plan
@@ -59,9 +58,9 @@ def h_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
 
 def tile_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
     for block_n, block_k, stages, parts in itertools.product(WIDTHS, (128, 256), (3, 4, 6), (1, 2, 3, 4, 6, 8)):
-        blocks = plan.outputs // block_n
-        if any(n % block_n for n in plan.ends) or plan.inputs % block_k or plan.outputs % block_n:
+        if any(n % block_n for n in (*plan.ends, plan.outputs)) or plan.inputs % block_k:
             continue
+        blocks = plan.outputs // block_n
         if parts > 1 and (
             not H200.multiprocessors // 3 <= parts * blocks <= 2 * H200.multiprocessors
             or plan.inputs // block_k < 2 * parts
@@ -69,7 +68,7 @@ def tile_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
         ):
             continue
         warps = 8 if block_n >= 128 or block_t == 128 else 4
-        early = max(block_k, min(tiles.early, plan.inputs // parts // block_k * block_k) // block_k * block_k)
+        early = max(1, min(tiles.early // block_k, plan.inputs // block_k // parts)) * block_k
         found = replace(tiles, block_n=block_n, block_k=block_k, stages=stages, warps=warps, parts=parts, early=early)
         if found.buffers(block_t)[0] >= LEAST_BYTES:
             yield found
@@ -77,8 +76,7 @@ def tile_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
 
 def rest_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
     for rows, stages in itertools.product((32, 64, 128), (3, 4, 6, 8)):
-        if rows <= PADDING:
-            yield replace(tiles, rows=rows, late_stages=stages)
+        yield replace(tiles, rows=rows, late_stages=stages)
     for early in (256, 1024, 2048):
         if tiles.block_k <= early <= plan.inputs // tiles.parts // tiles.block_k * tiles.block_k:
             yield replace(tiles, early=early // tiles.block_k * tiles.block_k)
@@ -213,10 +211,10 @@ def _words(times: Sequence[float]) -> str:
 
 def _field(text: str) -> tuple[str, int]:
     name, _, value = text.partition("=")
-    types = {field.name: field.type for field in fields(Tiles)}
-    if name not in types or not value.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: not FIELD=N with a field of Tiles ({', '.join(types)})")
-    return name, types[name](int(value))
+    names = [field.name for field in fields(Tiles)]
+    if name not in names or not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: not FIELD=N with a field of Tiles ({', '.join(names)})")
+    return name, int(value)
 
 
 def _mix(text: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ tile waits for h itself, every word of which carries a tag of the launch that wr
 the shrink itself, so it ends whether or not the others ever get a place on the chip.
 
 Where tiles would be narrow, or x is read again and again by many of them, several programs share a tile: each has a part of K and some of
-the rank rows, and whichever comes last adds what all have left (float32, in the order of the parts).
+the rank rows, and whichever comes last adds up all parts' sums (float32).
 
 What a tile needs of the tables is loaded before the product, and what they point to (B, h) is asked for shortly before the product ends:
 nothing waits in front of the weights, and little behind them. Rows beyond the batch are masked, not repeated: hundreds of programs that
@@ -280,10 +280,8 @@ def _shrink(
 
 @triton.jit
 def _sum_of_parts(acc, sums, arrived, tile, part, t, T, PARTS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
-    """(the sum over all parts of a tile, whether this program is the last of them to come); else the sum is of no meaning.
-
-    The last one adds, in the order of the parts, so that the sum is the same whoever is last.
-    """
+    """(sum, last). last: whether this program is the last of its tile's to come; only then is it the sum, in the order of the parts, so
+    that it is the same whoever is last."""
     place = tl.arange(0, BT)[:, None] * BN + tl.arange(0, BN)[None, :]
     sums += tile * PARTS * BT * BN
     inside = (t < T)[:, None]
@@ -335,7 +333,7 @@ def linear_kernel(
     LATE_STAGES: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """y = x w^T + bias + h B^T. Grid: (PROGRAMS for h + N / BN * PARTS tiles,).
+    """y = x w^T + bias + h B^T. Grid: (PROGRAMS for h + PARTS for each of N / BN tiles,).
 
     x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK, SPLITS * SHRINK_BK and LATE_BK, slices by BN. h (SPLITS, BT, SLICES,
     LIMIT) int32: tagged sums over SPLITS equal parts of K; only words of a row's own adapter are written. PROGRAMS may be 0: then every
@@ -344,7 +342,7 @@ def linear_kernel(
 
     A tile's product and its rank rows are shared by PARTS programs, K as equally as its blocks allow. sums (N / BN, PARTS, BT, BN) float32
     and arrived (N / BN,) int32, zero before and after, are used where there are several. EARLY: inputs that are left of the first part when
-    it asks for h and B, a multiple of BK.
+    it asks for h and B, a multiple of BK and no longer than that part.
     """
     t = tl.arange(0, BT)
     owner_T = tl.load(owners + t, mask=t < T, other=-1)

@@ -2,11 +2,11 @@
 
 Swept on one H200 (benchmarks/kernels/tune.py): the four layers of Llama-3.1-8B at TP 2 with 1 to 128 rows, few rank rows and many, and
 those of 8B at TP 4 and 8 and of 70B at TP 8 with 8 and 32 rows and few rank rows. What held for all of them: the launch should be one
-wave, or at 8 rows a nearly full wave of two tiles to a multiprocessor. A tile takes most of a multiprocessor's shared memory, because the
-weights' stream needs that much in flight, and the programs that compute h run on multiprocessors that have no tile. A launch of a few
-blocks more than there are multiprocessors costs up to twice the time. So tiles are as narrow as leaves room for those programs. The
-narrowest are not worth their bytes of x: then tiles are wider and programs share their K, which costs 1 to 2 us and pays where K is long.
-What is chosen for other layers and sizes follows from that and was not swept.
+wave, or at 8 rows (chosen up to 16) a nearly full wave of two tiles to a multiprocessor. A tile takes most of a multiprocessor's shared
+memory, because the weights' stream needs that much in flight, and the programs that compute h run on multiprocessors that have no tile. A
+launch of a few blocks more than there are multiprocessors costs up to twice the time. So tiles are as narrow as leaves room for those
+programs. The narrowest are not worth their bytes of x: then tiles are wider and programs share their K, which costs 1 to 2 us and pays
+where K is long. What is chosen for other layers and sizes follows from that and was not swept.
 
 Many rank rows are bound by how many bytes of A and B are in flight on a multiprocessor, which gets some 36 GB/s and waits 2 us for each
 load while all of them read: so h is computed for more of them at a time, and a tile reads many at once or asks for few of them further
@@ -22,7 +22,7 @@ FEWEST, MOST = 12, 36
 FEW_ROWS = 128
 # And in a batch of up to 16 rows, whose tiles take so many at a time.
 FEWER_ROWS = 64
-# Shared memory that the product of one block may use, bytes, and where two blocks may come to a multiprocessor.
+# Shared memory that the product of one block may use, bytes, and where a tile's K is shared or the launch is more than one wave.
 SHARED, _SHARED_TWO = 147_000, 98_304
 # Of a block's shared memory, what its loops leave to the rest.
 _REST = 16_000
@@ -37,7 +37,7 @@ EARLY = 512
 # Pipeline stages of the rank rows behind a tile's first, where it takes many at a time and where few.
 LATE_STAGES = (3, 6)
 # Numbers in the sums of tiles whose K is in parts, at most: parts x rows x outputs. And of one tile, at least.
-SUMS = 2**22
+SUMS = 2**21
 SMALLEST_SUM = 2 * 16 * 16
 # Rows of a batch up to which the product is bound by its weights' bytes, and one tile holds all of them.
 FUSED_TOKENS = 128
@@ -50,8 +50,8 @@ _SHRINK_MANY = {16: 32, 32: 64, 64: 32}
 _BUSY_FEWEST, _BUSY_MOST, _BUSY_ROWS = 60, 72, 64
 # There, numbers of x up to which h is computed in one part: half as much of h to read for every tile, and it is done in time.
 _ONE_PART = 2**17
-# In small batches, shared memory of the product's block where two should come to a multiprocessor: with many rank rows in layers of several
-# slices, and where so many tiles are at least this part of what there is room for.
+# In batches of up to 16 rows: shared memory of the product's block where two should come to a multiprocessor, and the part of those places
+# that tiles must fill. Also with many rank rows in layers of several slices.
 _SHARED_PAIR, _PAIRS = 80_000, 0.8
 # Inputs from which it pays to share a tile's K between programs, and how many at most.
 _LONG, _MOST_PARTS = 4096, 4
@@ -76,7 +76,7 @@ H200 = Device(132, 232_448)
 @dataclass(frozen=True)
 class Tiles:
     """block_n x block_k of W at a time in `stages` pipeline stages by `warps` warps; a tile's K is shared by `parts` blocks. early: inputs
-    that are left when a tile asks for h and B, a multiple of block_k.
+    that are left of the first part when it asks for h and B, a multiple of block_k.
 
     rows: rank rows of h and B at a time; those behind the first are asked for (late_stages - 1) // 2 times ahead. programs: blocks that
     compute h, shrink_rows rank rows and shrink_k inputs at a time, K in `splits` parts.
@@ -117,7 +117,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
     block_n, parts, pairs = _grid(widths, outputs, inputs, block_t, many, slices, fewest, multiprocessors)
     blocks = outputs // block_n * parts
     # As swept. One wave of tiles of 32 starts sooner with small pieces.
-    deep = block_t == 16 and parts == 1 and {16: True, 32: pairs or many, 64: not pairs}.get(block_n, False)
+    deep = block_t == 16 and parts == 1 and block_n in ((16, 32) if pairs else (16, 32, 64) if many else (16, 64))
     block_k = divisor(256 if deep else 128, inputs)
     programs = most if pairs else min(most, max(fewest, multiprocessors - blocks))
     if programs < FEWEST:
@@ -132,7 +132,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
         shared = min(_SHARED_TWO, device.loops * 2 // 3)
     buffer = (block_t + block_n) * block_k * 2
     if pairs or (many and slices > 1 and block_t == 16 and 2 * buffer <= _SHARED_PAIR):
-        shared = min(shared, _SHARED_PAIR)
+        shared = min(shared, _SHARED_PAIR, device.loops // 2)
     rows = _rows(block_t, block_n, many)
     tiles = Tiles(
         block_n,
@@ -149,7 +149,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
         shrink_rows=shrink_rows,
         shrink_k=shrink_k,
     )
-    while tiles.rows > 16 and tiles.buffers(block_t)[2] > device.loops:
+    while tiles.rows > 16 and tiles.buffers(block_t)[2] > device.loops // (2 if pairs else 1):
         tiles = replace(tiles, rows=tiles.rows // 2)
     return tiles
 
@@ -167,17 +167,19 @@ def _grid(
     """Columns of a tile, parts of its K, and whether two tiles come to a multiprocessor. fewest: programs that compute h."""
     if block_t == 16:
         for n in widths:
-            if n >= (64 if many else 32) and _PAIRS * 2 * multiprocessors <= outputs // n <= 2 * multiprocessors:
+            # Of tiles of 32 three have room.
+            most = 2 * multiprocessors - (MOST if n > 32 else 0)
+            if n >= (64 if many else 32) and _PAIRS * 2 * multiprocessors <= outputs // n <= most:
                 return n, 1, True
     wave = next((n for n in widths if outputs // n + fewest <= multiprocessors), widths[-1])
-    wide, beside = wave, max(MOST, fewest)
+    wide, beside = None, max(MOST, fewest)
     if wave == 16:
         wide = 32
     elif wave == 32 and block_t == FUSED_TOKENS:
         wide, beside = 64, fewest
     elif many and slices == 1 and block_t > 16:
         wide = 128
-    if wide > wave and wide in widths and inputs >= _LONG:
+    if wide in widths and inputs >= _LONG:
         parts = min(_MOST_PARTS, (multiprocessors - beside) // (outputs // wide))
         if parts > 1:
             return wide, parts, False

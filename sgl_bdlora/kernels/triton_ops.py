@@ -93,13 +93,25 @@ class TritonOps:
         self.known = KnownAdapters(LayerIndex([host for host in hosts if self.plans[host.path]]))
         self.batch = DeviceBatch(arena, self.known, max_adapters, collectives is not None)
         self._arena, self._collectives = arena, collectives
-        # Of tiles whose K is in parts; all launches are of one stream.
-        self._sums = torch.empty(SUMS, dtype=torch.float32, device=arena.device)
-        self._arrived = torch.zeros(SUMS // SMALLEST_SUM, dtype=torch.int32, device=arena.device)
+        # By stream: SGLang may compute layers side by side on several.
+        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._no_sums = _sums(0, arena.device)
         self._fewest_programs, self._most_programs = PROGRAMS, PROGRAMS_EACH * self._device.multiprocessors
         if arena.device.type != "cuda":
             # The interpreter runs program after program.
             self._fewest_programs = self._most_programs = 16
+
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What linear_kernel needs for tiles that programs share, of the current stream alone; None in a capture that is its first use.
+
+        SGLang runs a batch on the very streams before it captures it.
+        """
+        stream, capturing = 0, False
+        if self._arena.is_cuda:
+            stream, capturing = torch.cuda.current_stream().cuda_stream, torch.cuda.is_current_stream_capturing()
+        if stream not in self._sums and not capturing:
+            self._sums[stream] = _sums(SUMS, self._arena.device)
+        return self._sums.get(stream)
 
     def reserve(self, max_tokens: int, combines: bool, max_rank: int = 0, shared: bool = False) -> "TritonOps":
         """The same with a batch of its own, which has what graphs of max_tokens rows need.
@@ -163,7 +175,11 @@ class TritonOps:
         layer: int,
     ) -> None:
         """The same into y, without pieces that are put together over the ranks."""
-        tokens = len(x_TK)
+        tokens, sums = len(x_TK), self._no_sums
+        if tiles.parts > 1:
+            sums = self.sums()
+            if sums is None:
+                tiles, sums = replace(tiles, parts=1), self._no_sums
         linear_kernel[(tiles.programs + plan.outputs // tiles.block_n * tiles.parts,)](
             x_TK,
             w_NK,
@@ -174,8 +190,7 @@ class TritonOps:
             self.batch.owners.meta,
             self.batch.owners.rows,
             self.batch.words,
-            self._sums,
-            self._arrived,
+            *sums,
             layer,
             tokens,
             plan.outputs,
@@ -308,6 +323,14 @@ class TritonOps:
         """Of a separate kernel that has so many things to do for a tile."""
         # One more than an adapter's: the base model's.
         return min(self._most_programs, each * (most_tiles(tokens, self.batch.max_adapters, tile_rows(tokens)) + 1))
+
+
+def _sums(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """So many sums, and counters of the tiles that they may be of."""
+    return (
+        torch.empty(count, dtype=torch.float32, device=device),
+        torch.zeros(count // SMALLEST_SUM, dtype=torch.int32, device=device),
+    )
 
 
 def _device(device: torch.device) -> Device:

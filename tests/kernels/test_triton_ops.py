@@ -1,6 +1,7 @@
 """The Triton kernels against the torch operations: ragged batches, mixed structures and ranks, every popularity of adapters."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,12 +162,17 @@ def test_linear(engine, device, popularity, bias, static):
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_a_tile_whose_shrink_does_not_come_computes_it(engine, device, monkeypatch):
+@pytest.mark.parametrize(
+    "change",
+    [{"programs": 0}, {"programs": 0, "parts": 3, "block_k": 64, "early": 64, "rows": 16}],
+    ids=str,
+)
+def test_a_tile_whose_shrink_does_not_come_computes_it(engine, device, monkeypatch, change):
     """Nothing depends on the progress of the programs that compute it: not a deadlock, not a wrong sum."""
     ops, batch, x = case(engine, device, "uniform", 5)
     weight = torch.zeros(sum(N), K).to(x)
     wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, PATHS[0])
-    monkeypatch.setattr(ops, "plans", {path: without_shrink(plan) for path, plan in ops.plans.items()})
+    give_tiles(monkeypatch, ops, change)
     assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
 
 
@@ -176,7 +182,7 @@ def test_a_tile_whose_shrink_does_not_come_computes_it(engine, device, monkeypat
         {"programs": 4, "shrink_rows": 64},
         {"early": K},
         {"parts": 2, "block_k": 64, "early": 128, "rows": 16},
-        {"parts": 3, "block_k": 64, "early": 64, "rows": 16},
+        {"parts": 3, "block_k": 32, "early": 64, "rows": 16},
         {"parts": 4, "block_k": 64, "early": 64, "rows": 128, "block_n": 32},
     ],
     ids=str,
@@ -206,12 +212,82 @@ def test_a_sum_is_of_this_launch_whoever_is_last(engine, device, monkeypatch, pa
         assert all(torch.equal(ops.linear(x, weight, None, PATHS[0]), y) for x, y in zip(xs, first, strict=True))
 
 
-def give_tiles(monkeypatch, ops, change):
-    """Every kind's tiles of the first layer with these fields, and tiles where the separate kernels would serve."""
-    plan = ops.plans[PATHS[0]]
+@pytest.mark.parametrize("parts", [2, 3])
+def test_every_tile_and_part_has_its_own_sum_and_the_last_to_come_adds(engine, device, monkeypatch, parts):
+    ops, _, x = case(engine, device, "none", 14, static=True)
+    weight = (torch.randn(sum(N), K, generator=torch.Generator().manual_seed(4)) * 0.1).to(x)
+    give_tiles(monkeypatch, ops, {"parts": parts, "block_k": 64, "early": 64, "block_n": 32})
+    tiles = sum(N) // 32
+    y = ops.linear(x, weight, None, PATHS[0])
+    sums, arrived = ops.sums()
+    arrived = arrived[:tiles]
+    sums = sums[: tiles * parts * 16 * 32].view(tiles, parts, 16, 32)[:, :, : len(x)]
+    for part in range(parts):
+        k = slice(*(at * (K // 64) // parts * 64 for at in (part, part + 1)))
+        wanted = x.float().cpu()[:, k] @ weight.float().cpu()[:, k].T
+        assert close(sums[:, part].transpose(0, 1).flatten(1), wanted, wanted.abs().max())
+    assert not arrived.any()
+    if device.type == "cpu":
+        # In the interpreter the last part is always the last to come. As if one had come already, whose numbers are there: the last but one
+        # adds, and the last is the first of the next launch.
+        arrived.fill_(1)
+        again = ops.linear(x, weight, None, PATHS[0])
+        left = arrived.clone()
+        arrived.zero_()
+        assert torch.equal(again, y)
+        assert (left == 1).all()
+
+
+def test_streams_share_no_sums(engine, device, monkeypatch):
+    """SGLang may compute layers side by side. A stream first seen in a capture goes without: its memory would be the graph's."""
+    ops, _, x = case(engine, device, "none", 15, static=True)
+    weight = (torch.randn(sum(N), K, generator=torch.Generator().manual_seed(4)) * 0.1).to(x)
+    wanted = x.float().cpu() @ weight.float().cpu().T
+    give_tiles(monkeypatch, ops, {"parts": 2, "block_k": 64, "early": 64})
+    seen = SimpleNamespace(stream=1, capturing=False)
+    monkeypatch.setattr(ops, "_sums", {})
+    monkeypatch.setattr(ops, "_arena", SimpleNamespace(is_cuda=True, device=device))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=seen.stream))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.capturing)
+    found = []
+    for seen.stream, seen.capturing in ((1, False), (2, False), (1, True), (3, True)):
+        found.append(ops.sums())
+    first, second, again, none = found
+    assert first is again
+    assert none is None
+    assert first[0].data_ptr() != second[0].data_ptr()
+    assert first[1].data_ptr() != second[1].data_ptr()
+    monkeypatch.undo()
+    give_tiles(monkeypatch, ops, {"parts": 2, "block_k": 64, "early": 64})
+    monkeypatch.setattr(ops, "sums", lambda: None)
+    assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
+
+
+def test_layers_side_by_side(engine, device, monkeypatch):
+    if device.type == "cpu":
+        pytest.skip("needs a GPU's streams")
+    ops, _, x = case(engine, device, "none", 16, static=True)
+    weight = (torch.randn(sum(N), K, generator=torch.Generator().manual_seed(4)) * 0.1).to(x)
+    for path in PATHS:
+        give_tiles(monkeypatch, ops, {"parts": 4, "block_k": 64, "early": 64}, path)
+    wanted = {path: ops.linear(x * (i + 1), weight, None, path) for i, path in enumerate(PATHS)}
+    streams = [torch.cuda.Stream() for _ in PATHS]
+    torch.cuda.synchronize()
+    got = {path: [] for path in PATHS}
+    for _ in range(200):
+        for i, (path, stream) in enumerate(zip(PATHS, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                got[path].append(ops.linear(x * (i + 1), weight, None, path))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, wanted[path]) for path in PATHS for y in got[path])
+
+
+def give_tiles(monkeypatch, ops, change, path=PATHS[0]):
+    """Every kind's tiles of a layer with these fields, and tiles where the separate kernels would serve."""
+    plan = ops.plans[path]
     tiles = {kind: replace(t, **change) for kind, t in plan.tiles.items()}
     tiles[FUSED_TOKENS, True] = tiles[FUSED_TOKENS, False]
-    monkeypatch.setitem(ops.plans, PATHS[0], replace(plan, tiles=tiles))
+    monkeypatch.setitem(ops.plans, path, replace(plan, tiles=tiles))
 
 
 @pytest.mark.usefixtures("_impatient")

@@ -43,11 +43,10 @@ def test_pieces_divide_and_fit(model, device):
             assert inputs % (tiles.splits * tiles.shrink_k) == 0
             assert min(tiles.block_k, tiles.shrink_k) >= 16
             assert 0 < tiles.early <= inputs // tiles.block_k // tiles.parts * tiles.block_k
-            assert tiles.parts == 1 or tiles.parts * block_t * tiles.block_n >= SMALLEST_SUM
-            assert tiles.parts == 1 or tiles.parts * block_t * ends[-1] <= SUMS
-            assert (
-                tiles.parts == 1 or ends[-1] // tiles.block_n * tiles.parts + tiles.programs <= device.multiprocessors
-            )
+            if tiles.parts > 1:
+                assert tiles.parts * block_t * tiles.block_n >= SMALLEST_SUM
+                assert tiles.parts * block_t * ends[-1] <= SUMS
+                assert ends[-1] // tiles.block_n * tiles.parts + tiles.programs <= device.multiprocessors
             assert tiles.early % tiles.block_k == 0
             assert all(end % tiles.block_n == 0 for end in ends)
             assert max(tiles.buffers(block_t)) <= device.loops, tiles
@@ -72,18 +71,29 @@ def test_a_device_with_little_shared_memory_takes_fewer_rank_rows_at_a_time():
         ([7168, 14336], 4096, (16, False), {"block_n": 64, "block_k": 128, "stages": 4, "programs": 36}),
         ([8192], 3584, (16, False), {"block_n": 32, "block_k": 256, "stages": 4}),
         ([8192], 3584, (16, True), {"block_n": 128}),
+        ([6144], 3584, (16, False), {"block_n": 64}),
+        ([9216], 3584, (16, False), {"block_n": 128}),
+        ([8192, 16384], 3072, (16, False), {"block_n": 128}),
+        ([2048, 2560, 3072], 4096, (16, False), {"block_n": 32, "block_k": 128}),
         ([4096], 7168, (16, False), {"block_n": 64, "block_k": 256, "parts": 1}),
+        ([14336, 28672], 4096, (32, False), {"block_n": 128, "stages": 3}),
         ([7168, 14336], 4096, (32, False), {"block_n": 128, "parts": 1}),
         # A tile's K is shared: q/k/v at TP 8, 4 and, of 70B, 8; 128 rows; many rank rows of one slice. Not where K is short.
         ([512, 640, 768], 4096, (16, False), {"block_n": 32, "parts": 4, "programs": 36, "early": 512}),
         ([512, 640, 768], 4096, (64, True), {"block_n": 32, "parts": 3, "programs": 60}),
+        ([512], 4096, (16, False), {"block_n": 32, "parts": 4}),
         ([1024, 1280, 1536], 4096, (32, False), {"block_n": 32, "parts": 2, "programs": 36}),
-        ([1024, 1152, 1280], 8192, (16, True), {"block_n": 32, "parts": 2}),
-        ([1024, 1152, 1280], 2048, (16, True), {"block_n": 16, "parts": 1}),
+        ([1024, 1152, 1280], 8192, (16, True), {"block_n": 32, "block_k": 128, "parts": 2}),
+        ([1024, 1152, 1280], 3584, (16, True), {"block_n": 16, "block_k": 256, "parts": 1}),
         ([2048, 2560, 3072], 4096, (128, False), {"block_n": 64, "parts": 2, "stages": 3}),
         ([4096], 7168, (128, False), {"block_n": 64, "parts": 2, "programs": 4, "rows": 32}),
         ([4096], 7168, (32, True), {"block_n": 128, "parts": 3, "stages": 3, "programs": 36}),
         ([4096], 2048, (32, True), {"block_n": 64, "parts": 1}),
+        # Nor for one slice with few rank rows or 16 rows, for few rank rows at 64 rows, or where slices do not divide into wider tiles.
+        ([4096], 7168, (32, False), {"block_n": 32, "parts": 1}),
+        ([4096], 7168, (16, True), {"block_n": 64, "parts": 1}),
+        ([2048, 2560, 3072], 4096, (64, False), {"block_n": 32, "parts": 1}),
+        ([512, 656, 800], 4096, (16, False), {"block_n": 16, "parts": 1}),
         # One part of K for h where x is short.
         ([4096], 7168, (16, True), {"splits": 1}),
         ([4096], 7168, (32, True), {"splits": 2}),
