@@ -95,7 +95,7 @@ class TritonOps:
         self._arena, self._collectives = arena, collectives
         # By stream: SGLang may compute layers side by side on several.
         self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._no_sums = _sums(0, arena.device)
+        self._no_sums = _sums(SMALLEST_SUM, arena.device)
         self._fewest_programs, self._most_programs = PROGRAMS, PROGRAMS_EACH * self._device.multiprocessors
         if arena.device.type != "cuda":
             # The interpreter runs program after program.
