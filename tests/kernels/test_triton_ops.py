@@ -282,6 +282,25 @@ def test_layers_side_by_side(engine, device, monkeypatch):
     assert all(torch.equal(y, wanted[path]) for path in PATHS for y in got[path])
 
 
+def test_shared_tiles_in_a_graph(engine, device, monkeypatch):
+    if device.type == "cpu":
+        pytest.skip("needs a GPU's graphs")
+    ops, _, x = case(engine, device, "none", 17, static=True)
+    weight = (torch.randn(sum(N), K, generator=torch.Generator().manual_seed(4)) * 0.1).to(x)
+    give_tiles(monkeypatch, ops, {"parts": 4, "block_k": 64, "early": 64})
+    stream, graph, read = torch.cuda.Stream(), torch.cuda.CUDAGraph(), x.clone()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        ops.linear(read, weight, None, PATHS[0])
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        y = ops.linear(read, weight, None, PATHS[0])
+    for factor in (1, -2, 3):
+        read.copy_(x * factor)
+        graph.replay()
+        assert torch.equal(y, ops.linear(read, weight, None, PATHS[0]))
+
+
 def give_tiles(monkeypatch, ops, change, path=PATHS[0]):
     """Every kind's tiles of a layer with these fields, and tiles where the separate kernels would serve."""
     plan = ops.plans[path]
