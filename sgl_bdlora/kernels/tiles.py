@@ -139,7 +139,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
         block_k,
         # One more than buffers.
         stages=max(2, min(6, shared // buffer + 1)),
-        warps=8 if block_n >= 128 or block_t == 128 else 4,
+        warps=warps_for(block_t, block_n),
         parts=parts,
         early=min(EARLY // block_k, inputs // block_k // parts) * block_k,
         rows=rows,
@@ -180,10 +180,15 @@ def _grid(
     elif many and slices == 1 and block_t > 16:
         wide = 128
     if wide in widths and inputs >= _LONG:
-        parts = min(_MOST_PARTS, (multiprocessors - beside) // (outputs // wide))
+        parts = min(_MOST_PARTS, (multiprocessors - beside) // (outputs // wide), SUMS // (block_t * outputs))
         if parts > 1:
             return wide, parts, False
     return wave, 1, False
+
+
+def warps_for(block_t: int, block_n: int) -> int:
+    """Of a program, for a tile of so many rows and columns."""
+    return 8 if block_n >= 128 or block_t == 128 else 4
 
 
 def few_rows(tokens: int) -> int:

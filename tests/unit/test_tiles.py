@@ -62,7 +62,7 @@ def test_a_device_with_little_shared_memory_takes_fewer_rank_rows_at_a_time():
 @pytest.mark.parametrize(
     ("ends", "inputs", "kind", "wanted"),
     [
-        # q/k/v and gate/up of 8B at TP 2: two blocks on a multiprocessor; at TP 1 two buffers of gate/up would not leave room for that.
+        # q/k/v and gate/up of 8B at TP 2, and gate/up at TP 1: two blocks on a multiprocessor. TP 4's two buffers leave no room.
         ([2048, 2560, 3072], 4096, (16, True), {"stages": 4, "splits": 2, "rows": 128}),
         ([7168, 14336], 4096, (16, True), {"block_n": 64, "stages": 4, "splits": 1, "parts": 1, "programs": 36}),
         ([14336, 28672], 4096, (16, True), {"stages": 3}),
@@ -109,6 +109,12 @@ def test_a_device_with_little_shared_memory_takes_fewer_rank_rows_at_a_time():
 def test_tiles_that_were_swept_or_follow(ends, inputs, kind, wanted):
     tiles = tiles_for(ends, inputs, *kind, H200)
     assert {name: getattr(tiles, name) for name in wanted} == wanted
+
+
+def test_sums_have_room_on_a_device_of_any_size():
+    """With so many multiprocessors K would be in four parts."""
+    tiles = tiles_for([16384], 8192, 64, True, Device(1000, 232_448))
+    assert tiles.parts == SUMS // (64 * 16384) == 2
 
 
 def test_few_rank_rows():
