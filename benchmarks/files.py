@@ -49,6 +49,8 @@ class Shape:
 
 LLAMA_70B = Shape("Llama-3.1-70B shape", 8192, 28672, 80, 64, 8, 128256, torch.bfloat16)
 LLAMA_8B = Shape("Llama-3.1-8B shape", 4096, 14336, 32, 32, 8, 128256, torch.bfloat16)
+# By what the benchmarks call them.
+MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
 TINY = Shape("tiny llama", 128, 256, 2, 8, 4, 512, torch.float32)
 
 

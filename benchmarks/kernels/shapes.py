@@ -1,7 +1,10 @@
 """The linear layers of one tensor-parallel rank, and adapters for them, without a model or a file."""
 
+from collections.abc import Iterable
+
 import torch
 
+from sgl_bdlora.kernels.rows import TOGETHER, padded
 from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
 
 # Hidden size, and outputs of q, of k and v, of gate and up at TP 1: Llama-3.1.
@@ -27,6 +30,11 @@ def hosts(model: str, tp: int, layers: int) -> list[HostLayer]:
             ]
             made.append(HostLayer(f"layers.{i}.{leaf}", "column", tuple(slices)))
     return made
+
+
+def rank_rows(ranks: Iterable[int]) -> int:
+    """Of a layer, where a batch has adapters of these local ranks."""
+    return sum(padded(rank, TOGETHER) for rank in ranks)
 
 
 def shard(

@@ -21,10 +21,9 @@ import numpy as np
 import torch
 
 from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
-from benchmarks.kernels.shapes import MODELS, hosts
+from benchmarks.kernels.shapes import MODELS, hosts, rank_rows
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.batch import AdapterSet, Batch
-from sgl_bdlora.kernels.rows import TOGETHER, padded
 from sgl_bdlora.kernels.tiles import FUSED_TOKENS, few_rows
 from sgl_bdlora.kernels.torch_ops import add_lora
 from sgl_bdlora.sharding import HostLayer
@@ -105,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
         batch = Batch(AdapterSet(residents[:count]), torch.from_numpy(owners).long().cuda())
 
-        many_rows = count * padded(args.rank, TOGETHER) > few_rows(tokens)
+        many_rows = rank_rows([args.rank] * count) > few_rows(tokens)
 
         def before(static: bool, count=count, owners=owners, many_rows=many_rows):
             ops.batch.fill(residents[:count], owners, static, many_rows=many_rows)

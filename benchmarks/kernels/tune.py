@@ -34,10 +34,10 @@ import triton
 from tqdm import tqdm
 
 from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
-from benchmarks.kernels.shapes import MODELS, hosts
+from benchmarks.kernels.shapes import MODELS, hosts, rank_rows
 from benchmarks.record import Rows
-from sgl_bdlora.kernels.rows import TOGETHER, padded
-from sgl_bdlora.kernels.tiles import H200, MAX_SPLITS, SUMS, WIDTHS, Tiles, few_rows
+from sgl_bdlora.kernels.device_batch import PADDING
+from sgl_bdlora.kernels.tiles import H200, MAX_SPLITS, SUMS, WIDTHS, Tiles, few_rows, warps_for
 from sgl_bdlora.kernels.triton_ops import Plan
 
 LAYERS = 32
@@ -64,10 +64,9 @@ def tile_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
         if parts > 1 and (
             not H200.multiprocessors // 3 <= parts * blocks <= 2 * H200.multiprocessors
             or plan.inputs // block_k < 2 * parts
-            or parts * block_t * plan.outputs > SUMS
         ):
             continue
-        warps = 8 if block_n >= 128 or block_t == 128 else 4
+        warps = warps_for(block_t, block_n)
         early = max(1, min(tiles.early // block_k, plan.inputs // block_k // parts)) * block_k
         found = replace(tiles, block_n=block_n, block_k=block_k, stages=stages, warps=warps, parts=parts, early=early)
         if found.buffers(block_t)[0] >= LEAST_BYTES:
@@ -78,8 +77,7 @@ def rest_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
     for rows, stages in itertools.product((32, 64, 128), (3, 4, 6, 8)):
         yield replace(tiles, rows=rows, late_stages=stages)
     for early in (256, 1024, 2048):
-        if tiles.block_k <= early <= plan.inputs // tiles.parts // tiles.block_k * tiles.block_k:
-            yield replace(tiles, early=early // tiles.block_k * tiles.block_k)
+        yield replace(tiles, early=early // tiles.block_k * tiles.block_k)
 
 
 LEAVES = tuple(host.path.rpartition(".")[2] for host in hosts("8b", 1, 1))
@@ -152,14 +150,30 @@ class Layer:
 
 def kind_of(mix: tuple[int, int], tokens: int) -> tuple[int, bool]:
     """tiles.py: KINDS."""
-    rank_rows = min(mix[0], tokens) * padded(mix[1], TOGETHER)
-    return max(16, triton.next_power_of_2(tokens)), rank_rows > few_rows(tokens)
+    many = rank_rows([mix[1]] * min(mix[0], tokens)) > few_rows(tokens)
+    return max(16, triton.next_power_of_2(tokens)), many
+
+
+def unfit(tiles: Tiles, plan: Plan, block_t: int) -> str:
+    """Why the kernel cannot run or would compute something else; empty if it can on an H200."""
+    if max(tiles.buffers(block_t)) > H200.shared:
+        return f"its loops need {tiles.buffers(block_t)} of {H200.shared} bytes"
+    if tiles.parts > 1 and tiles.parts * block_t * plan.outputs > SUMS:
+        return f"its parts have {tiles.parts * block_t * plan.outputs} of {SUMS} sums"
+    if (
+        tiles.early % tiles.block_k
+        or not 0 < tiles.early <= plan.inputs // tiles.block_k // tiles.parts * tiles.block_k
+    ):
+        return f"early={tiles.early} is no multiple of block_k={tiles.block_k} within the first of {tiles.parts} parts of K"
+    if tiles.rows > PADDING:
+        return f"rows={tiles.rows} is more than tables are filled up to, {PADDING}"
+    return ""
 
 
 def variants(part: str, tiles: Tiles, plan: Plan, block_t: int) -> list[Tiles]:
-    """`tiles` and those of a part, where an H200 has the shared memory."""
+    """`tiles` and those of a part that can run."""
     found = dict.fromkeys([tiles, *PARTS[part](tiles, plan, block_t)])
-    return [tiles for tiles in found if max(tiles.buffers(block_t)) <= H200.shared]
+    return [tiles for tiles in found if not unfit(tiles, plan, block_t)]
 
 
 def sweep(
@@ -186,8 +200,8 @@ def sweep(
         return
     found = {best: 1.0}
     best = replace(best, **begin)
-    if max(best.buffers(block_t)) > H200.shared:
-        print(f"  not swept from {best}: its loops need {best.buffers(block_t)} of {H200.shared} bytes", flush=True)
+    if why := unfit(best, layer.plan, block_t):
+        print(f"  not swept from {best}: {why}", flush=True)
         return
     for part in parts:
         tried = variants(part, best, layer.plan, block_t)

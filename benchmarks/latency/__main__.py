@@ -29,8 +29,7 @@ from tqdm import tqdm
 from benchmarks.failures import Failures, run_to_end
 from benchmarks.files import (
     ATTENTION,
-    LLAMA_8B,
-    LLAMA_70B,
+    MODELS,
     MODULES,
     TINY,
     Shape,
@@ -47,7 +46,6 @@ from .arms import AGAIN, ARMS, BASE_ONLY, SERVERS, Setup, command
 from .mixes import Adapter, Mix, adapters_of, mix, params_ratio, rank_of
 from .timing import decode_s, random_ids, time_batches
 
-MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
 TARGETS = {"all": MODULES, "attention": ATTENTION}
 
 

@@ -4,8 +4,8 @@
         [--output FILE]
 
 MEASURED: rows of `python -m benchmarks.latency` of one model at one size, with the arm no-lora; each file's model is predicted, with all
-its layers, unless --model and --layers name others. TUNE: rows of `python -m benchmarks.kernels.tune`, cuBLAS's microseconds
-for each of a layer's products. A step is the product of lm_head and its decoder layers, and one of those
+its layers, unless --model and --layers name others. TUNE: rows of `python -m benchmarks.kernels.tune`, cuBLAS's microseconds for each
+of a layer's products. A step is the product of lm_head and its decoder layers, and one of those
 
     sum over its four products of (start + bytes / tp / bandwidth)  +  2 all-reduces  +  the rest  +  what the arm adds
 
@@ -33,22 +33,25 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.files import LLAMA_8B, LLAMA_70B, Shape
+from benchmarks.files import MODELS, Shape
+from benchmarks.kernels.shapes import rank_rows
 from benchmarks.latency.mixes import mix, params_ratio, rank_of
 from benchmarks.record import RESULTS, Rows, read_rows
-from sgl_bdlora.kernels.rows import TOGETHER, padded
 
 # One-shot, through NVLink, of a few kilobytes: 2.5 at TP 2 (a profile, docs/performance.md); a rank reads tp - 1 others.
 ALL_REDUCE_US = {1: 0.0, 2: 2.5, 4: 3.5, 8: 5.0}
 BASE_COLLECTIVES, S_LORA_COLLECTIVES = 2, 4
-SHORT = {"8b": LLAMA_8B, "70b": LLAMA_70B}
-MODELS = {shape.name: shape for shape in SHORT.values()}
+NAMED = {shape.name: shape for shape in MODELS.values()}
 PRODUCTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "o_proj": ("o_proj",),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "down_proj": ("down_proj",),
 }
+
+
+# What a row of the tuning benchmark has.
+TUNED = {"layer", "tp", "tokens", "adapters", "rank", "cublas_us"}
 
 
 def product_bytes(shape: Shape, product: str) -> int:
@@ -82,7 +85,7 @@ class Arm:
         """Of a layer on a rank, in a batch whose requests take turns with the adapters."""
         blocks = 1 if self.ratio is None else tp
         ranks = [rank_of(plain, self.ratio, shape, tp) for plain in mix(self.mix).ranks[:batch]]
-        return sum(padded(rank // blocks, TOGETHER) for rank in ranks)
+        return rank_rows(rank // blocks for rank in ranks)
 
 
 @dataclass(frozen=True)
@@ -102,21 +105,21 @@ class Model:
     kernels: dict[tuple[int, int], list[tuple[int, float]]] = field(default_factory=dict)
     beside: dict[int, float] = field(default_factory=dict)
 
-    def timed(self, tp: int, batch: int, rank_rows: int) -> bool:
-        """Whether kernels were timed at this size, batch, and so many rank rows."""
+    def timed(self, tp: int, batch: int, count: int) -> bool:
+        """Whether kernels were timed at this size and batch with so many rank rows or more."""
         points = self.kernels.get((tp, batch))
-        return batch in self.beside and bool(points) and rank_rows <= points[-1][0]
+        return batch in self.beside and bool(points) and count <= points[-1][0]
 
     def step_ms(self, shape: Shape, tp: int, batch: int, arm: Arm | None = None) -> float:
         """arm: None: without LoRA."""
         layer = sum(self._product(product_bytes(shape, name), tp) for name in PRODUCTS)
         layer += BASE_COLLECTIVES * ALL_REDUCE_US[tp] + self.rest[batch]
         if arm is not None and arm.local:
-            rank_rows = arm.rank_rows(shape, tp, batch)
-            if self.timed(tp, batch, rank_rows):
-                layer += through(self.kernels[tp, batch], rank_rows) + self.beside[batch]
+            count = arm.rank_rows(shape, tp, batch)
+            if self.timed(tp, batch, count):
+                layer += through(self.kernels[tp, batch], count) + self.beside[batch]
             else:
-                layer += through(self.local[batch], rank_rows)
+                layer += through(self.local[batch], count)
         elif arm is not None:
             layer += self.added[arm, batch]
             if arm.name == "s-lora":
@@ -136,7 +139,7 @@ def through(points: Sequence[tuple[int, float]], x: int) -> float:
 
 
 def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape, list[Arm]]:
-    """From rows of the latency benchmark and of the tuning benchmark at one size: the step's model, the whole language model's shape, and
+    """From rows of the latency benchmark at one size, and of the tuning benchmark: the step's model, the whole language model's shape, and
     the arms that were measured.
 
     Raises ValueError where rows are missing.
@@ -146,19 +149,19 @@ def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape, list[
     if len(sizes) != 1 or not any(row["arm"] == "no-lora" for row in points):
         raise ValueError(f"rows of one tensor-parallel size with the arm no-lora are needed, not of {sorted(sizes)}")
     models = {(row["model"], row["layers"]) for row in points}
-    if len(models) != 1 or not MODELS.keys() >= {name for name, _ in models}:
-        raise ValueError(f"rows of one model of {', '.join(MODELS)} are needed, not of {sorted(models)}")
+    if len(models) != 1 or not NAMED.keys() >= {name for name, _ in models}:
+        raise ValueError(f"rows of one model of {', '.join(NAMED)} are needed, not of {sorted(models)}")
     if any(not {"modules", "wanted_ratio"} <= row.keys() for row in points):
         raise ValueError("rows with the fields modules and wanted_ratio are needed: these are of an older benchmark")
     if changed := {row["modules"] for row in points} - {"all"}:
         raise ValueError(f"rows of adapters of all modules are needed, not of {', '.join(sorted(changed))}")
     (tp,), ((name, layers),) = sizes, models
-    shape = replace(MODELS[name], layers=layers)
+    shape = replace(NAMED[name], layers=layers)
     cublas = {(row["layer"], row["tokens"], row["tp"], row.get("model", "8b")): row["cublas_us"] for row in products}
     if {name for name, *_ in cublas} != set(PRODUCTS):
         raise ValueError(f"the products' rows have {sorted({name for name, *_ in cublas})} of {sorted(PRODUCTS)}")
     # One line through the products of all models and sizes.
-    start, per_byte = line((product_bytes(SHORT[of], name) / at, us) for (name, _, at, of), us in cublas.items())
+    start, per_byte = line((product_bytes(MODELS[of], name) / at, us) for (name, _, at, of), us in cublas.items())
     bare = Model(tp, start, per_byte, dict.fromkeys({row["batch"] for row in points}, 0.0), {}, {})
     step = _means(((arm_of(row), row["batch"]), row["decode_ms"] * 1e3 / layers) for row in points)
     without = {batch: us for (arm, batch), us in step.items() if arm is None}
@@ -175,22 +178,22 @@ def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape, list[
         for batch in without
     }
     others = {key: us for key, us in added.items() if not key[0].local}
-    ran = kernels_of(products, MODELS[name])
+    ran = kernels_of(products, NAMED[name])
     beside = {
         batch: statistics.median(through(local[batch], count) - us for count, us in ran[tp, batch])
         for batch in local
         if local[batch] and (tp, batch) in ran
     }
     model = Model(tp, start, per_byte, rest, local, others, beside=beside)
-    return model, MODELS[name], list(dict.fromkeys(arm for arm, _ in added))
+    return model, NAMED[name], list(dict.fromkeys(arm for arm, _ in added))
 
 
 def kernels_of(rows: list[dict], shape: Shape) -> dict[tuple[int, int], list[tuple[int, float]]]:
     """Of a model, from rows of the tuning benchmark in which all of a layer's products were timed with LoRA: Model.kernels."""
     longer: dict = {}
     for row in rows:
-        if SHORT[row.get("model", "8b")] == shape and "linear_us" in row:
-            count = min(row["adapters"], row["tokens"]) * padded(row["rank"], TOGETHER)
+        if MODELS[row.get("model", "8b")] == shape and "linear_us" in row:
+            count = rank_rows([row["rank"]] * min(row["adapters"], row["tokens"]))
             products = longer.setdefault((row["tp"], row["tokens"]), {}).setdefault(count, {})
             products.setdefault(row["layer"], []).append(row["linear_us"] - row["cublas_us"])
     found = {}
@@ -201,6 +204,15 @@ def kernels_of(rows: list[dict], shape: Shape) -> dict[tuple[int, int], list[tup
         if points:
             found[at] = points
     return found
+
+
+def tuned(path: Path) -> list[dict]:
+    """Rows of the tuning benchmark. Raises ValueError for others."""
+    rows = read_rows(path)
+    for row in rows:
+        if not row.keys() >= TUNED or row.get("model", "8b") not in MODELS:
+            raise ValueError(f"{path}: rows of benchmarks.kernels.tune are needed, with {', '.join(sorted(TUNED))}")
+    return rows
 
 
 def arm_of(row: dict) -> Arm | None:
@@ -237,17 +249,17 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--output", type=Path, default=RESULTS / "prediction.jsonl", help="default: benchmarks/results/prediction.jsonl"
     )
-    add("--model", choices=list(SHORT), help="predict this one (default: the one that was measured)")
+    add("--model", choices=list(MODELS), help="predict this one (default: the one that was measured)")
     add("--layers", type=int, help="of them (default: all)")
     args = parser.parse_args(argv)
     try:
-        fitted = {path: fit(read_rows(path), read_rows(args.products)) for path in args.measured}
-        kernels = read_rows(args.kernels) if args.kernels else []
+        products, kernels = (tuned(path) if path else [] for path in (args.products, args.kernels))
+        fitted = {path: fit(read_rows(path), products) for path in args.measured}
     except (OSError, ValueError) as error:
         parser.error(str(error))
     beside = next((model.beside for model, *_ in fitted.values() if model.beside), {})
     for path, (model, measured, arms) in fitted.items():
-        shape = SHORT.get(args.model, measured)
+        shape = MODELS.get(args.model, measured)
         shape = replace(shape, layers=args.layers or shape.layers)
         rows = Rows(args.output, benchmark="prediction", measured=path.name, products=args.products.name)
         model = replace(model, kernels=kernels_of(kernels, shape), beside=model.beside or beside)

@@ -518,6 +518,17 @@ def test_prediction_of_a_run_that_was_cut_off(tmp_path, capsys):
     assert "block-diagonal 0.86x 128x4, 128 rank rows" in capsys.readouterr().out
 
 
+def test_prediction_refuses_rows_of_another_benchmark(capsys):
+    from benchmarks.latency.predict import main
+
+    measured = str(RESULTS / "latency-h200x2-many-rows.jsonl")
+    products = str(RESULTS / "kernels-before-h200.jsonl")
+    for words in (["--products", measured], ["--products", products, "--kernels", measured]):
+        with pytest.raises(SystemExit):
+            main([measured, *words])
+        assert f"{measured}: rows of benchmarks.kernels.tune are needed" in capsys.readouterr().err
+
+
 def test_prediction_by_kernels_that_were_timed():
     """At TP 2 adapters add 3 us beside what its kernels took longer than cuBLAS; at TP 8 that, and what those of now take longer."""
     from benchmarks.files import LLAMA_8B
@@ -572,7 +583,7 @@ def test_a_sweep_takes_the_best_of_each_part(capsys):
 
     from benchmarks.kernels.shapes import hosts
     from benchmarks.kernels.tune import kind_of, sweep
-    from sgl_bdlora.kernels.tiles import H200
+    from sgl_bdlora.kernels.tiles import H200, SUMS
     from sgl_bdlora.kernels.triton_ops import plan_for
 
     class Layer:
@@ -595,8 +606,17 @@ def test_a_sweep_takes_the_best_of_each_part(capsys):
     assert [row[0] for row in told[:4]] == [(4, 40), (8, 40)] * 2
     assert best[1] == 10 + 4 + 48 / 32
     assert "after rest: Tiles(block_n=16, " in capsys.readouterr().out
-    sweep(Layer(), [(4, 40)], 8, ["h"], {"shrink_rows": 1024}, lambda *row: None)
-    assert "its loops need (" in capsys.readouterr().out
+    for begin, why in (
+        ({"shrink_rows": 1024}, "its loops need ("),
+        ({"parts": 64}, f"its parts have {64 * 16 * 3072} of {SUMS} sums"),
+        ({"parts": 8, "early": 1024}, "early=1024 is no multiple of block_k=128 within the first of 8 parts"),
+        ({"early": 100}, "early=100 is no multiple"),
+        ({"rows": 256, "late_stages": 3}, "rows=256 is more than tables are filled up to"),
+    ):
+        sweep(Layer(), [(4, 12)], 8, ["h"], begin, lambda *row: None)
+        told = capsys.readouterr().out
+        assert "not swept from Tiles(" in told
+        assert why in told
     # Eight adapters at most in a batch of eight, each filled up to twelve rank rows.
     assert [kind_of((16, rank), 8) for rank in (8, 10)] == [(16, False), (16, True)]
 
