@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,26 +32,45 @@ class Shape:
     kv_heads: int
     vocab: int
     dtype: torch.dtype
+    head_dim: int
 
     def linear(self, module: str) -> tuple[int, int]:
         """(inputs, outputs) of a layer's module."""
-        kv = self.hidden // self.heads * self.kv_heads
+        q, kv = self.head_dim * self.heads, self.head_dim * self.kv_heads
         return {
-            "q_proj": (self.hidden, self.hidden),
+            "q_proj": (self.hidden, q),
             "k_proj": (self.hidden, kv),
             "v_proj": (self.hidden, kv),
-            "o_proj": (self.hidden, self.hidden),
+            "o_proj": (q, self.hidden),
             "gate_proj": (self.hidden, self.intermediate),
             "up_proj": (self.hidden, self.intermediate),
             "down_proj": (self.intermediate, self.hidden),
         }[module]
 
+    def share(self, tp: int) -> "Shape":
+        """What one of `tp` tensor-parallel ranks has of it, as a model of its own: the same layers, with a part of each one's heads,
+        intermediate units and vocabulary. Raises ValueError if a size cannot be split so.
+        """
+        if tp == 1:
+            return self
+        for size in ("heads", "kv_heads", "intermediate", "vocab"):
+            if getattr(self, size) % tp:
+                raise ValueError(f"{self.name}: {size} is {getattr(self, size)}, which {tp} ranks cannot share evenly")
+        return replace(
+            self,
+            name=f"{self.name}, one rank of {tp}",
+            heads=self.heads // tp,
+            kv_heads=self.kv_heads // tp,
+            intermediate=self.intermediate // tp,
+            vocab=self.vocab // tp,
+        )
 
-LLAMA_70B = Shape("Llama-3.1-70B shape", 8192, 28672, 80, 64, 8, 128256, torch.bfloat16)
-LLAMA_8B = Shape("Llama-3.1-8B shape", 4096, 14336, 32, 32, 8, 128256, torch.bfloat16)
+
+LLAMA_70B = Shape("Llama-3.1-70B shape", 8192, 28672, 80, 64, 8, 128256, torch.bfloat16, 128)
+LLAMA_8B = Shape("Llama-3.1-8B shape", 4096, 14336, 32, 32, 8, 128256, torch.bfloat16, 128)
 # By what the benchmarks call them.
 MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
-TINY = Shape("tiny llama", 128, 256, 2, 8, 4, 512, torch.float32)
+TINY = Shape("tiny llama", 128, 256, 2, 8, 4, 512, torch.float32, 16)
 
 
 def path_of(layer: int, module: str) -> str:
@@ -61,7 +80,7 @@ def path_of(layer: int, module: str) -> str:
 
 def folder_of(shape: Shape, root: Path) -> Path:
     """Where a benchmark keeps this shape's files, so that one --files folder can serve several shapes."""
-    return root / f"{shape.name.replace(' ', '-')}-{shape.layers}"
+    return root / f"{shape.name.replace(',', '').replace(' ', '-')}-{shape.layers}"
 
 
 @contextmanager
@@ -98,7 +117,7 @@ def write_model(shape: Shape, folder: Path) -> Path:
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.hidden // shape.heads,
+        "head_dim": shape.head_dim,
         "vocab_size": shape.vocab,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,

@@ -31,7 +31,7 @@ from benchmarks.parts import summary
 from benchmarks.record import RESULTS, Rows, gpu_name
 from sgl_bdlora.server_process import ServerProcess, free_port
 
-SMALL = Shape("small llama", 1024, 4096, 8, 8, 8, 512, TINY.dtype)
+SMALL = Shape("small llama", 1024, 4096, 8, 8, 8, 512, TINY.dtype, 128)
 SERVERS = ("stock", "ours")
 PARTS = ("quiet", "load", "first request", "unload")
 PROMPT, QUIET_S = 16, 1.0

@@ -38,7 +38,7 @@ from sgl_bdlora.cluster.simulate import simulate
 from sgl_bdlora.cluster.trace import Trace, make_trace
 from sgl_bdlora.server_process import free_port
 
-SHAPE = Shape("llama of 25M parameters", 512, 1376, 8, 8, 8, 512, torch.float32)
+SHAPE = Shape("llama of 25M parameters", 512, 1376, 8, 8, 8, 512, torch.float32, 64)
 RANKS = (4, 8, 16, 32)
 ADAPTERS = 24
 SECONDS_TO_START = 200

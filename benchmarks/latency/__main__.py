@@ -3,6 +3,7 @@
     python -m benchmarks.latency --tp 2                                   # 2 GPUs, Llama-3.1-8B shape, about 6 minutes
     python -m benchmarks.latency --tp 2 --batches 1 8 32 128 --lengths 128/128 1024/128 2048/512 128/1024 --mixes 16x1 16x4 64x4 128x16
     python -m benchmarks.latency --tp 8 --output rows.jsonl --resume --minutes 9   # again and again, until nothing is left
+    python -m benchmarks.latency --share-of 8 --output rows.jsonl         # 1 GPU: what one rank of TP 8 does between collectives
     python -m benchmarks.latency --device cpu --tiny                      # tries the benchmark itself
 
 Each point is a batch of equal requests sent at once, repeated; a decode step is the time of the whole batch less that of its first
@@ -10,6 +11,10 @@ tokens, by the tokens between. The server without LoRA runs first and last; the 
 does so in every run, and ratios are to the rows of the same run; other points that the file has of the same configuration (model, machine,
 server arguments, blocks, repeats) are not measured again. With
 --together all servers start at once and stay up while one after another is measured: much of a short run is waiting for starts.
+With --share-of 8 the model is one rank's share of a model at TP 8 (its heads, intermediate units and vocabulary; every layer), and so are
+the adapters: the products, kernels, attention and graphs of that rank in a server on one GPU. Collectives are what is missing: two
+all-reduces a layer, and two more in SGLang's own LoRA. They cost the same with and without local adapters, so that ratios come out higher
+than at TP 8, and no arm can be served whose adapters need more of them (s-lora).
 Rows are appended to benchmarks/results/ as soon as a point is measured; plots are drawn at the end.
 """
 
@@ -20,8 +25,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,7 +38,6 @@ from benchmarks.files import (
     MODELS,
     MODULES,
     TINY,
-    Shape,
     bytes_per_rank,
     folder_of,
     keep_adapter,
@@ -42,7 +47,7 @@ from benchmarks.record import RESULTS, Rows, gpu_name, read_rows
 from sgl_bdlora.server_process import ServerProcess, StartFailed, free_port, started
 
 from . import plot
-from .arms import AGAIN, ARMS, BASE_ONLY, SERVERS, Setup, command
+from .arms import AGAIN, ARMS, BASE_ONLY, BLOCK_DIAGONAL, PLAIN, SERVERS, Setup, command
 from .mixes import Adapter, Mix, adapters_of, mix, params_ratio, rank_of
 from .timing import decode_s, random_ids, time_batches
 
@@ -69,9 +74,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
+    add("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)} (default: all that can be)")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--tp", type=int, default=1)
+    add("--share-of", type=int, default=1, metavar="TP", help="serve one rank's share of the model at this size")
     add("--model", choices=list(MODELS), default="8b", help="shape of the base model (default: 8b)")
     add("--layers", type=int, help="layers of it (default: all)")
     add("--tiny", action="store_true", help="a tiny model instead")
@@ -95,7 +101,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="parameters of block-diagonal adapters by plain ones' (default: 1)",
     )
     add("--modules", choices=list(TARGETS), default="all", help="that adapters change: all seven, or attention only")
-    add("--nblocks", type=int, help="of block-diagonal adapters (default: --tp, but at least 2)")
+    add("--nblocks", type=int, help="of block-diagonal adapters (default: --tp or --share-of, but at least 2)")
     add("--repeats", type=int, default=5)
     add("--extra-arguments", default="", metavar="WORDS", help="further arguments of all servers, one string")
     add("--start-timeout", type=float, default=300, help="seconds that a server may take to start (default: 300)")
@@ -109,28 +115,40 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume and not args.output:
         parser.error("--resume needs --output, the file of the run to go on with")
-    args.nblocks = args.nblocks or default_nblocks(args.tp)
+    if args.share_of > 1:
+        if args.tp > 1:
+            parser.error(f"--share-of {args.share_of} is served by one GPU: leave out --tp {args.tp}")
+        if "s-lora" in (args.arms or ()):
+            parser.error("--share-of has no collectives, which the arm s-lora needs: leave it out of --arms")
+    args.arms = args.arms or [arm for arm in ARMS if args.share_of == 1 or arm != "s-lora"]
+    args.nblocks = args.nblocks or default_nblocks(max(args.tp, args.share_of))
+    if args.nblocks % args.share_of:
+        parser.error(f"--nblocks {args.nblocks} is no multiple of --share-of {args.share_of}")
     args.output = args.output or RESULTS / time.strftime("latency-%Y%m%dT%H%M%SZ.jsonl", time.gmtime())
     if args.device == "cuda" and gpu_name() is None:
         parser.error("there is no NVIDIA GPU here; say --device cpu --tiny to try the benchmark without one")
     if args.tiny:
         args.lengths = [(min(prompt, 32), min(output, 8), batch) for prompt, output, batch in args.lengths]
+    base = TINY if args.tiny else MODELS[args.model]
+    args.shape = replace(base, layers=args.layers or base.layers)
+    try:
+        args.shape.share(args.share_of)
+    except ValueError as error:
+        parser.error(f"--share-of: {error}")
     args.largest = max([*args.batches, *(batch or 0 for _, _, batch in args.lengths)])
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    base = TINY if args.tiny else MODELS[args.model]
-    shape = Shape(**{**vars(base), "layers": args.layers or base.layers})
     kept = nullcontext(args.files) if args.files else tempfile.TemporaryDirectory(prefix="latency-")
     with kept as folder:
-        return Latency(args, shape, Path(folder)).run()
+        return Latency(args, Path(folder)).run()
 
 
 def is_like(row: dict, wanted: dict) -> bool:
-    """Whether a row has the wanted fields. Some rows name no modules or nblocks, which then were the defaults."""
-    row = {"modules": "all", "nblocks": default_nblocks(row["tp"]), **row}
+    """Whether a row has the wanted fields. Some rows name no modules, nblocks or share_of, which then were the defaults."""
+    row = {"modules": "all", "nblocks": default_nblocks(row["tp"]), "share_of": 1, **row}
     return all(row[key] == value for key, value in wanted.items())
 
 
@@ -147,18 +165,23 @@ class Point:
 
 
 class Latency:
-    """One run: files, then each server and the points of its arms."""
+    """One run: files, then each server and the points of its arms.
 
-    def __init__(self, args: argparse.Namespace, shape: Shape, folder: Path):
-        self.args, self.shape = args, shape
-        self.folder = folder_of(shape, folder)
+    shape: of the whole model, by which ranks of adapters are matched. served: what the servers serve, a share of it with --share-of.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.args, self.shape = args, args.shape
+        self.served = self.shape.share(args.share_of)
+        self.folder = folder_of(self.served, folder)
         self.modules = TARGETS[args.modules]
         self.points: list[dict] = []
         self.end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
         self.left = 0
         self.configuration = {
-            "device": args.device, "model": shape.name, "layers": shape.layers, "tp": args.tp, "repeats": args.repeats,
-            "extra_arguments": args.extra_arguments, "modules": args.modules, "nblocks": args.nblocks,
+            "device": args.device, "model": self.shape.name, "layers": self.shape.layers, "tp": args.tp,
+            "share_of": args.share_of, "repeats": args.repeats, "extra_arguments": args.extra_arguments,
+            "modules": args.modules, "nblocks": args.nblocks,
         }  # fmt: skip
         self.rows = Rows(args.output, benchmark="latency", **self.configuration)
         self.failures = Failures(self.rows)
@@ -169,8 +192,7 @@ class Latency:
 
     def run(self) -> int:
         args = self.args
-        keep_model(self.shape, self.folder / "model")
-        self.paths = self._write_adapters()
+        self.write_files()
         todo = {
             server: [point for arm in arms if arm in args.arms for point in self._todo(server, arm)]
             for server, arms in SERVERS.items()
@@ -239,18 +261,32 @@ class Latency:
         }
         return [p for p in points if (p.arm, p.mix.text, p.ratio, p.batch, p.prompt, p.output) not in have]
 
-    def _write_adapters(self) -> dict[str, Path]:
-        wanted: dict[str, Adapter] = {}
-        for chosen in self.args.mixes:
-            for ratio in (None, *self.args.ratios):
-                wanted |= {adapter.name: adapter for adapter in adapters_of(chosen, ratio)}
-        self.ranks = {name: self._rank(adapter.rank, adapter.ratio) for name, adapter in wanted.items()}
-        paths = {}
-        for name, adapter in tqdm(wanted.items(), desc="Writing adapters", unit="adapter", leave=False):
-            nblocks = None if adapter.ratio is None else self.args.nblocks
-            folder = self.folder / f"{name}-nb{nblocks or 0}-{self.args.modules}"
-            paths[name] = keep_adapter(self.shape, folder, self.ranks[name], nblocks, adapter.number, self.modules)
-        return paths
+    def write_files(self) -> None:
+        """The model and the adapters that the arms need, as far as an earlier run has not left them."""
+        keep_model(self.served, self.folder / "model")
+        self.ranks: dict[str, int] = {}
+        self.paths: dict[str, Path] = {}
+        wanted = list(self._adapters(self.args.arms).values())
+        for adapter in tqdm(wanted, desc="Writing adapters", unit="adapter", leave=False):
+            # A share has its part of the blocks, and of the rank: it is as plain as any where it has one block.
+            blocks = None if adapter.ratio is None else self.args.nblocks
+            parts = 1 if adapter.ratio is None else self.args.share_of
+            local = blocks // parts if blocks and blocks > parts else None
+            rank = self._rank(adapter.rank, adapter.ratio) // parts
+            folder = self.folder / f"{adapter.name}-nb{blocks or 0}-{self.args.modules}"
+            self.ranks[adapter.name] = rank
+            self.paths[adapter.name] = keep_adapter(self.served, folder, rank, local, adapter.number, self.modules)
+
+    def _adapters(self, arms: Iterable[str]) -> dict[str, Adapter]:
+        """By name, those that servers of these arms have."""
+        plain = [None] if set(PLAIN) & set(arms) else []
+        ratios = self.args.ratios if set(BLOCK_DIAGONAL) & set(arms) else []
+        return {
+            adapter.name: adapter
+            for chosen in self.args.mixes
+            for ratio in (*plain, *ratios)
+            for adapter in adapters_of(chosen, ratio)
+        }
 
     def _rank(self, plain_rank: int, ratio: float | None) -> int:
         return rank_of(plain_rank, ratio, self.shape, self.args.nblocks, self.modules)
@@ -261,10 +297,10 @@ class Latency:
         # A server is told no larger rank than it serves: SGLang's own LoRA pads all adapters to it.
         ranks = [rank for name, rank in self.ranks.items() if name in names]
         # Room for every adapter, and what uneven pieces and alignment add.
-        pool = sum(bytes_per_rank(self.shape, self.paths[name], args.tp) for name in names) * 1.02 + 2**20
+        pool = sum(bytes_per_rank(self.served, self.paths[name], args.tp) for name in names) * 1.02 + 2**20
         return Setup(
             self.folder / "model",
-            str(self.shape.dtype).removeprefix("torch."),
+            str(self.served.dtype).removeprefix("torch."),
             args.tp,
             args.device,
             args.largest,
@@ -279,9 +315,7 @@ class Latency:
         )
 
     def _process(self, server: str) -> ServerProcess:
-        names = [] if server.startswith("no-lora") else list(self.paths)
-        if server in ("stock", "s-lora"):
-            names = [name for name in names if name.startswith("plain-")]
+        names = list(self._adapters(set(SERVERS[server]) & set(self.args.arms)))
         setup = self._setup(names)
         port = free_port()
         words, environment = command(server, setup, {name: self.paths[name] for name in names}, port)
@@ -321,7 +355,7 @@ class Latency:
         rng = random.Random(0)
         first, whole = time_batches(
             url,
-            lambda: {"input_ids": random_ids(rng, self.shape.vocab, batch, prompt)},
+            lambda: {"input_ids": random_ids(rng, self.served.vocab, batch, prompt)},
             output,
             names,
             self.args.repeats,

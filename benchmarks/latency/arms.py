@@ -15,6 +15,9 @@ ARMS = {
     "block-diagonal": "ours, block-diagonal adapters",
     "loaded-base-only": "ours with adapters loaded, requests for the base model only",
 }
+# Adapters that an arm's server has: plain ones, or block-diagonal ones.
+PLAIN = ("stock", "stock-base-only", "replicated", "s-lora")
+BLOCK_DIAGONAL = ("block-diagonal", "loaded-base-only")
 BASE_ONLY = ("no-lora", "stock-base-only", "loaded-base-only")
 AGAIN = "no-lora again"
 # Server -> its arms.

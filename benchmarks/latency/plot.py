@@ -105,11 +105,14 @@ def draw(rows: list[dict], target: Path) -> None:
     handles = [plt.Line2D([], [], marker="o", label=name, **look) for name, look in looks.items()]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     first = rows[0]
-    figure.suptitle(
-        f"{first['model']}, {first['layers']} layers, TP {first['tp']}, {first['gpu'] or 'CPU'}", fontsize=10
-    )
+    figure.suptitle(f"{first['model']}, {first['layers']} layers, {_size(first)}, {first['gpu'] or 'CPU'}", fontsize=10)
     figure.savefig(target, dpi=110)
     plt.close(figure)
+
+
+def _size(row: dict) -> str:
+    share = row.get("share_of", 1)
+    return f"one rank of TP {share} without collectives" if share > 1 else f"TP {row['tp']}"
 
 
 def _name(row: dict) -> str:

@@ -168,8 +168,8 @@ def test_servers_together_start_at_once_and_those_that_do_not_start_leave_the_ot
     )
     monkeypatch.setattr(ServerProcess, "wait", lambda self: calls.append(("wait", threading.get_ident())) or wait(self))
     words = ["--device", "cpu", "--tiny", "--together", "--output", str(tmp_path / "rows.jsonl")]
-    run = latency.Latency(latency.arguments(words), files.TINY, tmp_path)
-    run.paths, run.ranks = {}, {}
+    run = latency.Latency(latency.arguments(words), tmp_path)
+    run.write_files()
     monkeypatch.setattr(
         run, "_measure_all", lambda url, server, _: measured.update({server: httpx.get(url, trust_env=False)})
     )
@@ -632,14 +632,13 @@ def test_lengths_may_name_one_batch():
 
 
 def test_a_resumed_run_measures_what_is_left(tmp_path):
-    from benchmarks.files import TINY
     from benchmarks.latency.__main__ import Latency, arguments
 
     output = tmp_path / "rows.jsonl"
     args = arguments(
         ["--device", "cpu", "--tiny", "--tp", "2", "--ratios", "1", "0.5", "--output", str(output), "--resume"]
     )
-    first = Latency(args, TINY, tmp_path)
+    first = Latency(args, tmp_path)
     points = first._todo("ours", "block-diagonal")
     assert len(points) == 6
     done = points[0]
@@ -647,31 +646,32 @@ def test_a_resumed_run_measures_what_is_left(tmp_path):
         kind="point", arm=done.arm, mix=done.mix.text, wanted_ratio=done.ratio, batch=done.batch,
         input_len=done.prompt, output_len=done.output,
     )  # fmt: skip
-    again = Latency(args, TINY, tmp_path)
+    again = Latency(args, tmp_path)
     assert again._todo("ours", "block-diagonal") == points[1:]
     # What ratios are taken to is of the same run.
     assert len(again._todo("no-lora", "no-lora")) == 3
 
 
 @pytest.mark.parametrize("words", [
-    [], ["--tp", "4"], ["--nblocks", "4"], ["--repeats", "9"], ["--extra-arguments", "--attention-backend triton"],
+    [], ["--tp", "4"], ["--tp", "1", "--share-of", "2"],
+    ["--nblocks", "4"], ["--repeats", "9"], ["--extra-arguments", "--attention-backend triton"],
     ["--modules", "attention"], ["--device", "cuda"],
 ])  # fmt: skip
 def test_a_resumed_run_measures_points_of_another_configuration_again(tmp_path, monkeypatch, words):
     from benchmarks.latency import __main__ as latency
 
     given = ["--device", "cpu", "--tiny", "--tp", "2", "--output", str(tmp_path / "rows.jsonl"), "--resume"]
-    first = latency.Latency(latency.arguments(given), files.TINY, tmp_path)
+    first = latency.Latency(latency.arguments(given), tmp_path)
     for point in first._todo("ours", "block-diagonal"):
         first.rows.write(
             kind="point", arm=point.arm, mix=point.mix.text, wanted_ratio=point.ratio, batch=point.batch,
             input_len=point.prompt, output_len=point.output,
         )  # fmt: skip
     monkeypatch.setattr(latency, "gpu_name", lambda: "a GPU" if "cuda" in words else None)
-    again = latency.Latency(latency.arguments([*given, *words]), files.TINY, tmp_path)
+    again = latency.Latency(latency.arguments([*given, *words]), tmp_path)
     assert len(again._todo("ours", "block-diagonal")) == (3 if words else 0)
     monkeypatch.setattr(latency, "gpu_name", lambda: "another GPU")
-    elsewhere = latency.Latency(latency.arguments(given), files.TINY, tmp_path)
+    elsewhere = latency.Latency(latency.arguments(given), tmp_path)
     assert len(elsewhere._todo("ours", "block-diagonal")) == 3
 
 
@@ -684,12 +684,61 @@ def test_rows_that_do_not_name_their_blocks_had_as_many_as_usual(tmp_path, monke
     points = [row for row in read_rows(output) if row["kind"] == "point"]
     assert points
     assert not any("nblocks" in row for row in points)
-    assert latency.Latency(latency.arguments(words), files.TINY, tmp_path).points == points
-    other = latency.Latency(latency.arguments([*words, "--nblocks", "4"]), files.TINY, tmp_path)
+    assert latency.Latency(latency.arguments(words), tmp_path).points == points
+    other = latency.Latency(latency.arguments([*words, "--nblocks", "4"]), tmp_path)
     assert other.points == []
     # Written a moment ago, it names them.
     other.rows.write(kind="point")
     assert read_rows(output)[-1]["nblocks"] == 4
+
+
+def test_a_share_has_a_rank_s_part_of_the_model_and_of_its_adapters(tmp_path, capsys):
+    from benchmarks.latency.__main__ import Latency, arguments
+
+    words = ["--device", "cpu", "--tiny", "--share-of", "4", "--mixes", "16x2", "--output", str(tmp_path / "rows")]
+    run = Latency(arguments(words), tmp_path)
+    run.write_files()
+    whole = files.TINY
+    adapters = {name: read_adapter(path, name) for name, path in run.paths.items()}
+    assert sorted(adapters) == ["bd1-r16-0", "bd1-r16-1", "plain-r16-0", "plain-r16-1"]
+    rank = files.matched_rank(whole, 16, 4)
+    for name, adapter in adapters.items():
+        for path, module in adapter.modules.items():
+            leaf = path.rpartition(".")[2]
+            inputs, outputs = whole.linear(leaf)
+            inputs, outputs = (inputs // 4, outputs) if leaf in files.ROW else (inputs, outputs // 4)
+            # What a rank has of a block-diagonal adapter with a block a rank: one block of the side that ranks split, and all of the
+            # other side for a quarter of the rank. Plain ones are whole on the side that is not split.
+            local = rank // 4 if name.startswith("bd") else 16
+            assert module.a.shape == (local, inputs), (name, path)
+            assert module.b.shape == (outputs, local), (name, path)
+    model = torch.load(run.folder / "model" / "pytorch_model.bin", weights_only=True)
+    assert model["model.layers.0.self_attn.q_proj.weight"].shape == (32, 128)
+    assert model["model.layers.0.self_attn.k_proj.weight"].shape == (16, 128)
+    assert model["model.layers.0.self_attn.o_proj.weight"].shape == (128, 32)
+    assert model["model.layers.0.mlp.down_proj.weight"].shape == (128, 64)
+    assert model["lm_head.weight"].shape == (128, 128)
+    config = json.loads((run.folder / "model" / "config.json").read_text())
+    assert (config["head_dim"], config["num_attention_heads"], config["num_key_value_heads"]) == (16, 2, 1)
+    # Parameters are matched in the whole model, and rows say whose share it is.
+    row = run.rows.write(kind="point")
+    assert (row["model"], row["tp"], row["share_of"], row["nblocks"]) == ("tiny llama", 1, 4, 4)
+    # Two blocks a rank are block-diagonal in a share too; servers have the adapters that their arms need.
+    double = Latency(arguments([*words, "--nblocks", "8", "--arms", "no-lora", "block-diagonal", "stock"]), tmp_path)
+    double.write_files()
+    (adapter,) = (read_adapter(path, name) for name, path in double.paths.items() if name == "bd1-r16-0")
+    assert adapter.nblocks == 2
+    assert list(double._adapters(["block-diagonal"])) == ["bd1-r16-0", "bd1-r16-1"]
+    assert list(double._adapters(["stock"])) == ["plain-r16-0", "plain-r16-1"]
+    for wrong, why in (
+        (["--tp", "2"], "leave out --tp 2"),
+        (["--arms", "s-lora"], "leave it out of --arms"),
+        (["--nblocks", "6"], "--nblocks 6 is no multiple of --share-of 4"),
+        (["--share-of", "8"], "kv_heads is 4, which 8 ranks cannot share evenly"),
+    ):
+        with pytest.raises(SystemExit):
+            arguments([*words, *wrong])
+        assert why in capsys.readouterr().err
 
 
 def test_ratios_are_by_the_mean_of_the_servers_without_lora():
