@@ -66,6 +66,7 @@ class AdapterLoader:
         self._zeros = self._memory.zeros if self._memory else torch.zeros
         self.shards: dict[str, AdapterShard] = {}
         self.refs: dict[str, LoRARef] = {}
+        self._pinned: frozenset[str] = frozenset()
         self.preparations = Preparations(self._read, self._cut)
 
     def load(self, ref: LoRARef) -> str | None:
@@ -88,6 +89,7 @@ class AdapterLoader:
             return False
         self._pool.remove(uid)
         del self.shards[uid], self.refs[uid]
+        self._pinned -= {uid}
         return True
 
     def settle(self) -> None:
@@ -95,9 +97,9 @@ class AdapterLoader:
         if self._memory is not None:
             self._memory.drain()
 
-    def pinned(self) -> set[str]:
-        """The ids of the adapters that never leave the pool."""
-        return {uid for uid, ref in self.refs.items() if ref.pinned}
+    def pinned(self) -> frozenset[str]:
+        """The ids of the adapters that never leave the pool; asked in every step."""
+        return self._pinned
 
     def _load(self, ref: LoRARef, read: Callable[[], Adapter], cut: Callable[[Adapter], AdapterShard]) -> str | None:
         shard, error = None, None
@@ -129,6 +131,8 @@ class AdapterLoader:
             return error
         self._kernels.agree(shard, needs)
         self.shards[ref.lora_id], self.refs[ref.lora_id] = shard, ref
+        if ref.pinned:
+            self._pinned |= {ref.lora_id}
         return None
 
     def _read(self, name: str, path: str) -> Adapter:

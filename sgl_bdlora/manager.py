@@ -15,6 +15,7 @@ from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_lora_variant
 
 from sgl_bdlora import config
 from sgl_bdlora.admission import Admission, Waiting
@@ -47,6 +48,8 @@ class BDLoRAManager(LoRAManager):
         # loads, load_failures and unloads since the start.
         self.counts: Counter[str] = Counter()
         self._published = (0, 0)
+        self._fetched: tuple | None = None
+        self._prepared: tuple | None = None
         self.target_modules = None if not target_modules or "all" in target_modules else set(target_modules)
 
         linear = []
@@ -152,14 +155,29 @@ class BDLoRAManager(LoRAManager):
         """Make the adapters of the next batch resident."""
         wanted = (new_loras | running_loras) - {None}
         self.last_used.update(dict.fromkeys(wanted, time.time()))
+        if self._fetched == (wanted, self.memory_pool.changes):
+            return
         self.memory_pool.ensure({uid: self.shards[uid] for uid in wanted}, protected=self.loader.pinned())
+        self._fetched = wanted, self.memory_pool.changes
         copies = (self.memory_pool.loads, self.memory_pool.evictions)
         if copies != self._published:
             self._published = copies
             engines.publish(self)
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
-        """Say which rows belong to which adapter, once for all layers."""
+        """Say which rows belong to which adapter, once for all layers. Most decode steps are of the same requests as the one before."""
+        step = None
+        if forward_batch.forward_mode.is_decode() and get_capture_lora_variant() is None:
+            step = tuple(forward_batch.lora_ids), self.memory_pool.changes
+        if step is not None and step == self._prepared:
+            self.memory_pool.copies.read_by_current_stream()
+            self.lora_backend.repeat_batch()
+            return
+        self._prepared = None
+        self._set_batch(forward_batch)
+        self._prepared = step
+
+    def _set_batch(self, forward_batch: ForwardBatch) -> None:
         adapters = [None if uid is None else self._resident(uid) for uid in forward_batch.lora_ids]
         self.memory_pool.copies.read_by_current_stream()
         for resident in {id(a): a for a in adapters if a is not None}.values():
@@ -171,6 +189,11 @@ class BDLoRAManager(LoRAManager):
             _head_rows_per_request(forward_batch, rows),
             prefill_graph=self.can_use_prefill_cuda_graph(forward_batch),
         )
+
+    def reset_lora_batch(self) -> None:
+        """The next forward pass has no rows."""
+        self._prepared = None
+        super().reset_lora_batch()
 
     def can_use_prefill_cuda_graph(self, forward_batch: ForwardBatch) -> bool:
         """Whether a prefill graph may run this batch; SGLang asks again before it replays one."""

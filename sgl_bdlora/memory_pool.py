@@ -90,7 +90,7 @@ class FreeList:
 
 
 class MemoryPool:
-    """Fixed arena of adapter weights on one rank; counts its loads and evictions.
+    """Fixed arena of adapter weights on one rank; counts its loads and evictions, and in `changes` whatever comes or goes.
 
     Args:
         budget: bytes of device memory, all taken at start so that the KV cache is sized around it.
@@ -106,6 +106,7 @@ class MemoryPool:
         self._resident: OrderedDict[str, Resident] = OrderedDict()
         self.loads = 0
         self.evictions = 0
+        self.changes = 0
 
     @property
     def budget(self) -> int:
@@ -150,6 +151,7 @@ class MemoryPool:
             return False
         for offset, numel in resident.blocks.values():
             self._space.give(offset, numel)
+        self.changes += 1
         return True
 
     def _load(self, uid: str, shard: AdapterShard, keep: set[str]) -> None:
@@ -180,6 +182,7 @@ class MemoryPool:
     def _install(self, uid: str, shard: AdapterShard, blocks: dict[str, tuple[int, int]]) -> None:
         arrival = self.copies.run(lambda: self._copy(shard, blocks))
         self.loads += 1
+        self.changes += 1
         self._resident[uid] = Resident(self.loads, shard, blocks, arrival, self.arena)
 
     def _place(self, shard: AdapterShard) -> dict[str, tuple[int, int]] | None:

@@ -170,6 +170,11 @@ class BDLoRABackend(BaseLoRABackend):
             if head_lengths != lengths:
                 self._head = make_batch(adapters, head_lengths, self.device, self._set)
 
+    def repeat_batch(self) -> None:
+        """The batch of the last `set_batch` again, for the next decode step of its requests."""
+        if self._current is not None:
+            self._current.batch.repeat()
+
     def reset_batch_state(self) -> None:
         super().reset_batch_state()
         self._batch = self._head = self._current = None

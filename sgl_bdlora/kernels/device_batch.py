@@ -57,6 +57,7 @@ class Owners:
         self._all = torch.zeros(4 + 2 * self._width + TILE_FIELDS * self._most, dtype=torch.int32, device=device)
         self.meta, self.n_tiles = self._all[:2], self._all[2:4]
         self.rows, self.order, self.tiles = self._all[4:].split([self._width, self._width, self._most * TILE_FIELDS])
+        self._first_tag = self._all[:1]
         self._last: np.ndarray | None = None
         self._host = np.empty(0, dtype=np.int32)
 
@@ -70,6 +71,10 @@ class Owners:
         self._host[:2] = first_tag, local_rows
         staged = _staged(torch.from_numpy(self._host), self._all.device)
         self._all[: len(staged)].copy_(staged, non_blocking=True)
+
+    def retag(self, first_tag: int) -> None:
+        """Replace only that: an argument of a kernel, where a copy would need pinned memory of its own."""
+        self._first_tag.fill_(first_tag)
 
 
 class DeviceBatch:
@@ -189,12 +194,19 @@ class DeviceBatch:
         self._last_adapters, self._last_owners = adapters, owners.copy()
         self.combines = combining or self._combined_width > 0
         self.for_many_rows = many_rows if static else self.has_many_rows(len(owners))
-        # Distinct tags for all launches of this step and the last.
-        self._first_tag = (self._first_tag + len(self._known.index)) % TAGS
         self.owners = self._static_owners
         if len(owners) > self._max_tokens:
             self.owners = Owners(len(owners), self.max_adapters, self._arena.device)
-        self.owners.fill(self._first_tag, self.local.used, owners)
+        self.owners.fill(self._next_tag(), self.local.used, owners)
+
+    def repeat(self) -> None:
+        """The same rows once more: the next step of the same requests."""
+        self.owners.retag(self._next_tag())
+
+    def _next_tag(self) -> int:
+        """The first of the next step's, which has distinct ones for all of its launches and those of the step before."""
+        self._first_tag = (self._first_tag + len(self._known.index)) % TAGS
+        return self._first_tag
 
     @property
     def has_local(self) -> bool:

@@ -17,6 +17,7 @@ all: two lists, whose rows share the columns of h that the collective combines.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -99,7 +100,7 @@ class AdapterRows:
     shrink: RankRows
     expand: RankRows
 
-    @property
+    @cached_property
     def needs(self) -> Needs:
         """Of this rank."""
         counts = self.local.counts, self.expand.counts
