@@ -37,7 +37,7 @@ from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
 from benchmarks.kernels.shapes import MODELS, hosts, rank_rows
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.device_batch import PADDING
-from sgl_bdlora.kernels.tiles import H200, MAX_SPLITS, SUMS, WIDTHS, Tiles, few_rows, warps_for
+from sgl_bdlora.kernels.tiles import H200, SUMS, WIDTHS, Tiles, few_rows, warps_for
 from sgl_bdlora.kernels.triton_ops import Plan
 
 LAYERS = 32
@@ -47,11 +47,11 @@ LEAST_BYTES = 24_000
 
 
 def h_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
-    sizes = ((16, 256), (16, 512), (32, 128), (32, 256), (64, 128), (64, 256))
-    for programs, (rows, k) in itertools.product((4, 12, 20, 36, 68, 100), sizes):
+    sizes = ((16, 128), (16, 256), (16, 512), (32, 128), (32, 256), (32, 512), (64, 128), (64, 256))
+    for programs, (rows, k) in itertools.product((4, 12, 20, 36, 68), sizes):
         if plan.inputs // tiles.splits % k == 0:
             yield replace(tiles, programs=programs, shrink_rows=rows, shrink_k=k)
-    for splits in range(1, MAX_SPLITS + 1):
+    for splits in (1, 2, 4):
         if plan.inputs % (splits * tiles.shrink_k) == 0:
             yield replace(tiles, splits=splits)
 

@@ -108,28 +108,29 @@ def _tagged(v, tag):
 
 
 @triton.jit
-def _words(h, place, own, tag):
-    """Words of h of one split. A word read again may be newer, so value and tag come from one load."""
-    return tl.load(h + place, mask=own, other=tag, volatile=True)
+def _words(h, place, own, tag, SPLIT: tl.constexpr, SPLITS: tl.constexpr):
+    """(BT, BR, SPLITS) words of h. A word read again may be newer, so value and tag come from one load."""
+    places = place[:, :, None] + (tl.arange(0, SPLITS) * SPLIT)[None, None, :]
+    return tl.load(h + places, mask=own[:, :, None], other=tag, volatile=True)
 
 
 @triton.jit
-def _value(word):
-    return (word & ~_MASK).to(tl.float32, bitcast=True)
+def _value(words):
+    """(BT, BR): the sum of all splits, always in the same order."""
+    return tl.sum((words & ~_MASK).to(tl.float32, bitcast=True), axis=2)
 
 
 @triton.jit
-def _late(word, other, tag):
+def _late(words, tag):
     """Whether words are of an older launch."""
-    return tl.max(((word ^ tag) | (other ^ tag)) & _MASK) > 0
+    return tl.max((words ^ tag) & _MASK) > 0
 
 
 @triton.jit
 def _expand_tile(
     acc,
     b_RN,
-    word,
-    other,
+    words,
     x,
     arena,
     table,
@@ -143,19 +144,19 @@ def _expand_tile(
     K,
     LIMIT: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     BT: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """acc + h B^T for BR rank rows. word, other: the two splits of h as they were read first; the same words where there is one split."""
-    late = _late(word, other, tag)
+    """acc + h B^T for BR rank rows. words: of h, as they were read first."""
+    late = _late(words, tag)
     patience = _PATIENCE
     while late & (patience > 0):
-        word = _words(h, place, own, tag)
-        other = _words(h, place + SPLIT, own, tag)
-        late = _late(word, other, tag)
+        words = _words(h, place, own, tag, SPLIT, SPLITS)
+        late = _late(words, tag)
         patience -= 1
-    h_TR = _value(word) + _value(other) if SPLIT > 0 else _value(word)
+    h_TR = _value(words)
     if late:
         h_TR = shrink_tile(x, arena, table, t, T, 0, K, K, r, LIMIT, BT, BR, BK)
     # Chosen, not multiplied by zero: another adapter's rows may hold infinity here.
@@ -198,6 +199,7 @@ def _expand_rest(
     LIMIT: tl.constexpr,
     SLICES: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
     BT: tl.constexpr,
     BR: tl.constexpr,
@@ -214,18 +216,17 @@ def _expand_rest(
     patience = _PATIENCE
     while late & (patience > 0):
         acc = done
-        missing = tl.zeros((BT, BR), dtype=tl.int32)
+        missing = tl.zeros((BT, BR, SPLITS), dtype=tl.int32)
         for first in tl.range(begin, n_rows, PARTS * BR, num_stages=STAGES):
             r = first + tl.arange(0, BR)
             own = _own(owner_T, low(tl.load(table + OWNER_FIELD * LIMIT + r)))
             place = (t[:, None] * SLICES + s) * LIMIT + r[None, :]
             # Not from the first-level cache, which would keep words of before.
-            word = tl.load(h + place, mask=own, other=tag, cache_modifier=".cg")
-            other = tl.load(h + place + SPLIT, mask=own, other=tag, cache_modifier=".cg")
-            missing |= (word ^ tag) | (other ^ tag)
+            places = place[:, :, None] + (tl.arange(0, SPLITS) * SPLIT)[None, None, :]
+            words = tl.load(h + places, mask=own[:, :, None], other=tag, cache_modifier=".cg")
+            missing |= words ^ tag
             b_RN = read_b(arena, table, r, n, LIMIT)
-            h_TR = _value(word) + _value(other) if SPLIT > 0 else _value(word)
-            acc = tl.dot(tl.where(own, h_TR, 0.0).to(b_RN.dtype), b_RN, acc)
+            acc = tl.dot(tl.where(own, _value(words), 0.0).to(b_RN.dtype), b_RN, acc)
         late = tl.max(missing & _MASK) > 0
         patience -= 1
     if late:
@@ -362,15 +363,14 @@ def linear_kernel(
     s = slice_of(n0, end0, end1)
     tag = _tag(first_tag, layer)
     table += s * FIELDS * LIMIT
-    # From one split's words to the next's; 0 where there is one split, whose words are then read twice.
-    SPLIT: tl.constexpr = (SPLITS - 1) * BT * SLICES * LIMIT
+    # From one split's words to the next's.
+    SPLIT: tl.constexpr = BT * SLICES * LIMIT
     r = tl.arange(0, BR)
     owner_R = tl.load(table + OWNER_FIELD * LIMIT + r)
     b_off = tl.multiple_of(tl.load(table + B_FIELD * LIMIT + r), 8)
     span = tl.load(table + Y_FIELD * LIMIT + r)
     place = (t[:, None] * SLICES + s) * LIMIT + r[None, :]
-    word = tl.zeros((BT, BR), dtype=tl.int32)
-    other = tl.zeros((BT, BR), dtype=tl.int32)
+    words = tl.zeros((BT, BR, SPLITS), dtype=tl.int32)
     b_RN = tl.zeros((BR, BN), dtype=x.dtype.element_ty)
     k = tl.arange(0, BK)
     acc = tl.zeros((BT, BN), dtype=tl.float32)
@@ -382,18 +382,17 @@ def linear_kernel(
         x_TK = tl.load(x + t[:, None] * K + (k0 + k)[None, :], mask=(t < T)[:, None], other=0.0)
         acc = tl.dot(x_TK, w_KN, acc)
         if k0 == early:
-            word = _words(h, place, _own(owner_T, low(owner_R)), tag)
-            other = _words(h, place + SPLIT, _own(owner_T, low(owner_R)), tag)
+            words = _words(h, place, _own(owner_T, low(owner_R)), tag, SPLIT, SPLITS)
             b_RN = _read_b(arena, b_off, span, n)
     if part == 0:
         own = _own(owner_T, low(owner_R))
         acc = _expand_tile(
-            acc, b_RN, word, other, x, arena, table, h, t, own, place, tag, r, T, K, LIMIT, SPLIT, BT, BR, LATE_BK
+            acc, b_RN, words, x, arena, table, h, t, own, place, tag, r, T, K, LIMIT, SPLIT, SPLITS, BT, BR, LATE_BK
         )
     if n_rows > BR:
         acc = _expand_rest(
             acc, x, arena, table, h, t, owner_T, s, tag, n, part, n_rows,
-            T, K, LIMIT, SLICES, SPLIT, PARTS, BT, BR, LATE_BK, LATE_STAGES,
+            T, K, LIMIT, SLICES, SPLIT, SPLITS, PARTS, BT, BR, LATE_BK, LATE_STAGES,
         )  # fmt: skip
     if PARTS > 1:
         acc, last = _sum_of_parts(acc, sums, arrived, tile, part, t, T, PARTS, BT, BN)

@@ -30,8 +30,8 @@ _REST = 16_000
 SHRINK_STAGES = 4
 WIDTHS = (16, 32, 64, 128)
 SHRINK_ROWS = 16
-# Parts of K that h is computed in.
-MAX_SPLITS = 2
+# Parts of K that h is computed in, powers of two: usually, and at most.
+SPLITS, MAX_SPLITS = 2, 4
 # Inputs before the end of the product at which a tile asks for h and B.
 EARLY = 512
 # Pipeline stages of the rank rows behind a tile's first, where it takes many at a time and where few.
@@ -122,7 +122,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
     programs = most if pairs else min(most, max(fewest, multiprocessors - blocks))
     if programs < FEWEST:
         shrink_rows = 64
-    most_splits = 1 if many and slices < 3 and block_t * inputs <= _ONE_PART else MAX_SPLITS
+    most_splits = 1 if many and slices < 3 and block_t * inputs <= _ONE_PART else SPLITS
     room = device.loops // (SHRINK_STAGES * 2 * (block_t + shrink_rows))
     splits, shrink_k = _shrink_parts(inputs, min(256 if block_t == 16 else 128, power_of_two(room)), most_splits)
     if min(block_k, shrink_k) < 16:
@@ -205,7 +205,7 @@ def _rows(block_t: int, block_n: int, many: bool) -> int:
 
 def _shrink_parts(inputs: int, most: int, most_parts: int) -> tuple[int, int]:
     """Parts of K for the shrink and the inputs that it reads at once, 16 if it can: fewest rounds of loads, then most parts."""
-    blocks = {n: divisor(most, inputs // n) for n in range(1, most_parts + 1) if inputs % n == 0}
+    blocks = {n: divisor(most, inputs // n) for n in (1, 2, 4) if n <= most_parts and inputs % n == 0}
     splits = min(blocks, key=lambda n: (blocks[n] < 16, inputs // n // blocks[n], -n))
     return splits, blocks[splits]
 
