@@ -330,6 +330,7 @@ def linear_kernel(
     BR: tl.constexpr,
     SHRINK_BR: tl.constexpr,
     SHRINK_BK: tl.constexpr,
+    HALVES: tl.constexpr,
     LATE_BK: tl.constexpr,
     LATE_STAGES: tl.constexpr,
     BIAS: tl.constexpr,
@@ -351,10 +352,18 @@ def linear_kernel(
     n_rows = tl.load(meta + 1)
     if PROGRAMS > 0:
         if tl.program_id(0) < PROGRAMS:
-            _shrink(
-                x, arena, table, h, n_rows, t, owner_T, _tag(first_tag, layer),
-                T, K, LIMIT, SLICES, SPLITS, PROGRAMS, BT, SHRINK_BR, SHRINK_BK,
-            )  # fmt: skip
+            # Rank rows that a round computes with half as many at a time.
+            HALF_ROUND: tl.constexpr = PROGRAMS // (SPLITS * SLICES) * (SHRINK_BR // 2) if HALVES else 0
+            if HALVES and n_rows <= HALF_ROUND:
+                _shrink(
+                    x, arena, table, h, n_rows, t, owner_T, _tag(first_tag, layer),
+                    T, K, LIMIT, SLICES, SPLITS, PROGRAMS, BT, SHRINK_BR // 2, SHRINK_BK,
+                )  # fmt: skip
+            else:
+                _shrink(
+                    x, arena, table, h, n_rows, t, owner_T, _tag(first_tag, layer),
+                    T, K, LIMIT, SLICES, SPLITS, PROGRAMS, BT, SHRINK_BR, SHRINK_BK,
+                )  # fmt: skip
             return
     tile = (tl.program_id(0) - PROGRAMS) // PARTS
     part = (tl.program_id(0) - PROGRAMS) % PARTS

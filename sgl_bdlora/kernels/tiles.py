@@ -79,7 +79,8 @@ class Tiles:
     that are left of the first part when it asks for h and B, a multiple of block_k.
 
     rows: rank rows of h and B at a time; those behind the first are asked for (late_stages - 1) // 2 times ahead. programs: blocks that
-    compute h, shrink_rows rank rows and shrink_k inputs at a time, K in `splits` parts.
+    compute h, shrink_rows rank rows and shrink_k inputs at a time, K in `splits` parts. halves: half as many rank rows at a time where
+    there is a program for every piece then.
     """
 
     block_n: int
@@ -94,6 +95,7 @@ class Tiles:
     splits: int
     shrink_rows: int
     shrink_k: int
+    halves: bool = False
 
     def buffers(self, block_t: int) -> tuple[int, int, int]:
         """Bytes that its loops have in flight for 16-bit numbers: the product's, h's, and of the rank rows behind a tile's first."""
@@ -120,11 +122,22 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
     deep = block_t == 16 and parts == 1 and block_n in ((16, 32) if pairs else (16, 32, 64) if many else (16, 64))
     block_k = divisor(256 if deep else 128, inputs)
     programs = most if pairs else min(most, max(fewest, multiprocessors - blocks))
-    if programs < FEWEST:
-        shrink_rows = 64
-    most_splits = 1 if many and slices < 3 and block_t * inputs <= _ONE_PART else SPLITS
+    most_splits, most_k, halves = SPLITS, 256 if block_t == 16 else 128, False
+    if many:
+        most_splits = 1 if slices < 3 and block_t * inputs <= _ONE_PART else SPLITS
+    elif slices == 3 and (block_t <= 32 or (block_t == 64 and parts > 1)):
+        # Where few outputs stand beside each other h takes as long as the tiles.
+        most_splits = MAX_SPLITS
+    elif slices == 2 and block_t == 32:
+        if block_n <= 32:
+            most_k = 512
+        else:
+            # As many as compute FEW_ROWS in one round.
+            programs, shrink_rows, most_k = FEW_ROWS // 64 * SPLITS * slices, 64, 256
+    if programs < FEWEST and shrink_rows < 64:
+        shrink_rows, halves = 64, not many and slices == 1
     room = device.loops // (SHRINK_STAGES * 2 * (block_t + shrink_rows))
-    splits, shrink_k = _shrink_parts(inputs, min(256 if block_t == 16 else 128, power_of_two(room)), most_splits)
+    splits, shrink_k = _shrink_parts(inputs, min(most_k, power_of_two(room)), most_splits)
     if min(block_k, shrink_k) < 16:
         return None
     shared = min(SHARED, device.loops)
@@ -148,6 +161,7 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
         splits=splits,
         shrink_rows=shrink_rows,
         shrink_k=shrink_k,
+        halves=halves,
     )
     while tiles.rows > 16 and tiles.buffers(block_t)[2] > device.loops // (2 if pairs else 1):
         tiles = replace(tiles, rows=tiles.rows // 2)

@@ -209,6 +209,7 @@ class TritonOps:
             BR=tiles.rows,
             SHRINK_BR=tiles.shrink_rows,
             SHRINK_BK=tiles.shrink_k,
+            HALVES=tiles.halves,
             LATE_BK=min(tiles.shrink_k, 64),
             LATE_STAGES=tiles.late_stages,
             BIAS=bias_N is not None,
