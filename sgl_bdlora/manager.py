@@ -17,7 +17,7 @@ from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_lora_variant
 
-from sgl_bdlora import config
+from sgl_bdlora import config, graphs
 from sgl_bdlora.admission import Admission, Waiting
 from sgl_bdlora.layers import embedding
 from sgl_bdlora.layers.host import host_layers, vocabulary_layers
@@ -157,7 +157,7 @@ class BDLoRAManager(LoRAManager):
         self.last_used.update(dict.fromkeys(wanted, time.time()))
         if self._fetched == (wanted, self.memory_pool.changes):
             return
-        self.memory_pool.ensure({uid: self.shards[uid] for uid in wanted}, protected=self.loader.pinned())
+        self.memory_pool.ensure({uid: self.shards[uid] for uid in sorted(wanted)}, protected=self.loader.pinned())
         self._fetched = wanted, self.memory_pool.changes
         copies = (self.memory_pool.loads, self.memory_pool.evictions)
         if copies != self._published:
@@ -167,7 +167,7 @@ class BDLoRAManager(LoRAManager):
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         """Say which rows belong to which adapter, once for all layers. Most decode steps are of the same requests as the one before."""
         step = None
-        if forward_batch.forward_mode.is_decode() and get_capture_lora_variant() is None:
+        if forward_batch.forward_mode.is_decode() and get_capture_lora_variant() not in graphs.WITH_ADAPTERS:
             step = tuple(forward_batch.lora_ids), self.memory_pool.changes
         if step is not None and step == self._prepared:
             self.memory_pool.copies.read_by_current_stream()

@@ -5,6 +5,7 @@ import torch
 from test_triton_ops import ERROR, HOSTS, PATHS, SHARDS, K, N, make
 
 from sgl_bdlora import graphs
+from sgl_bdlora.kernels.fused import TAGS
 from sgl_bdlora.kernels.tiles import FUSED_TOKENS
 from sgl_bdlora.memory_pool import MemoryPool
 from sgl_bdlora.sharding import AdapterShard
@@ -76,6 +77,95 @@ def test_kernels_give_what_torch_operations_give(served, device, names, lengths)
     got = method.apply(layer, x)
     error = (got - wanted).float().abs().max() / wanted.float().abs().max()
     assert error < (ERROR if device.type == "cpu" else 2**-6)
+
+
+def steps_of(layer, rows: int, steps: int = 3) -> list[torch.Tensor]:
+    """x of decode steps."""
+    generator = torch.Generator().manual_seed(6)
+    return [torch.randn(rows, K, generator=generator).to(layer.weight) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("first_tag", [TAGS - 5, TAGS - 4], ids=["tags come round in a step", "between steps"])
+def test_a_repeated_batch_gives_what_torch_operations_give(served, device, first_tag):
+    """In a model of two layers, which share the words of h; another batch comes in between."""
+    backend, pool, method, layer = served
+    methods = [method, type(method)(method.base, backend, PATHS[1])]
+    batch, owners = backend._ops.batch, backend._ops.batch.owners
+    batch._first_tag = tag = first_tag
+    xs = steps_of(layer, 5)
+    for names in (
+        ["plain", None, "blocks_b", "large", "plain"],
+        ["small"] * 5,
+        ["plain", "q and v", None, "large", None],
+    ):
+        wanted = [[torch_path((backend, pool, m, layer), names, [1] * 5, x) for m in methods] for x in xs]
+        ask(backend, pool, names, [1] * 5)
+        local_rows = int(owners.meta[1])
+        for step, x in enumerate(xs):
+            if step > 0:
+                backend.repeat_batch()
+            tag = (tag + len(PATHS)) % TAGS
+            assert (owners.meta.tolist(), batch._first_tag) == ([tag, local_rows], tag)
+            for m, y in zip(methods, wanted[step], strict=True):
+                error = (m.apply(layer, x) - y).float().abs().max() / y.float().abs().max()
+                assert error < (ERROR if device.type == "cpu" else 2**-6)
+
+
+def test_words_of_the_step_before_are_not_taken_for_those_of_a_repeated_one(served):
+    """As a tile would find them that runs before any of its step's have been written."""
+    backend, pool, method, layer = served
+    ask(backend, pool, ["plain", "small"], [1, 1])
+    batch, seen = backend._ops.batch, []
+    for step, x in enumerate(steps_of(layer, 2)):
+        if step > 0:
+            backend.repeat_batch()
+        method.apply(layer, x)
+        (tag,) = set((batch.words & TAGS).unique().tolist()) - {0}
+        seen.append(tag)
+    assert seen == [len(PATHS) * step + 1 for step in (1, 2, 3)]
+
+
+def test_a_large_batch_is_repeated(served, device):
+    """Its owners are not those that graphs read."""
+    backend, pool, method, layer = served
+    names = ["plain", None, "small", "blocks_a"] * (FUSED_TOKENS // 4 + 1)
+    xs = steps_of(layer, len(names))
+    wanted = [torch_path(served, names, [1] * len(names), x) for x in xs]
+    ask(backend, pool, names, [1] * len(names))
+    batch = backend._ops.batch
+    assert batch.owners is not batch._static_owners
+    for step, x in enumerate(xs):
+        if step > 0:
+            backend.repeat_batch()
+        assert int(batch.owners.meta[0]) == batch._first_tag == (step + 1) * len(PATHS)
+        error = (method.apply(layer, x) - wanted[step]).float().abs().max() / wanted[step].float().abs().max()
+        assert error < (ERROR if device.type == "cpu" else 2**-6)
+
+
+def test_a_repeated_batch_without_adapters_is_the_base_model_s(served):
+    backend, pool, method, layer = served
+    for names, adapted in (([None] * 2, False), (["plain"] * 2, True), ([None] * 2, False)):
+        ask(backend, pool, names, [1] * 2)
+        for x in steps_of(layer, 2):
+            backend.repeat_batch()
+            base = method.base.apply(layer, x)
+            assert torch.equal(method.apply(layer, x), base) != adapted
+
+
+def test_torch_operations_repeat_a_batch_too(served):
+    """As where there is no GPU; lm_head's rows are counted from the first again."""
+    backend, pool, method, layer = served
+    names, xs = ["plain", None, "blocks_b"], steps_of(layer, 3)
+    wanted = [torch_path(served, names, [1] * 3, x) for x in xs]
+    backend._ops = None
+    ask(backend, pool, names, [1] * 3)
+    for step, x in enumerate(xs):
+        if step > 0:
+            backend.repeat_batch()
+        head = method.base.apply(layer, x)
+        backend.add_head_lora(head, x, PATHS[0])
+        assert torch.equal(method.apply(layer, x), wanted[step])
+        assert torch.equal(head, wanted[step])
 
 
 def test_graphs_for_many_rank_rows(served):

@@ -180,6 +180,9 @@ def test_a_tile_whose_shrink_does_not_come_computes_it(engine, device, monkeypat
     "change",
     [
         {"programs": 4, "shrink_rows": 64},
+        {"programs": 12, "shrink_rows": 64, "halves": True},
+        {"splits": 1},
+        {"splits": 4, "shrink_k": 32},
         {"early": K},
         {"parts": 2, "block_k": 64, "early": 128, "rows": 16},
         {"parts": 3, "block_k": 32, "early": 64, "rows": 16},
@@ -345,26 +348,30 @@ def test_sums_of_long_ago_are_not_taken(engine, device, monkeypatch):
 
 
 @pytest.mark.usefixtures("_impatient")
-@pytest.mark.parametrize("split", [0, 1])
+@pytest.mark.parametrize(("splits", "split"), [(2, 0), (2, 1), (4, 0), (4, 3)])
 @pytest.mark.parametrize("rows", [16, 128], ids="{} rank rows at a time".format)
-def test_half_of_a_sum_is_not_taken(engine, device, monkeypatch, split, rows):
-    """Words of one part of K are there, those of the other are of an older launch."""
+def test_a_part_of_a_sum_is_not_taken(engine, device, monkeypatch, splits, split, rows):
+    """Words of the other parts of K are of an older launch, or those of this one are."""
     ops, batch, x = case(engine, device, "skewed", 12, static=True)
     weight = torch.zeros(sum(N), K).to(x)
     plan = ops.plans[PATHS[0]]
-    tiles = {kind: replace(t, splits=2, shrink_k=64, rows=rows) for kind, t in plan.tiles.items()}
+    tiles = {kind: replace(t, splits=splits, shrink_k=32, rows=rows) for kind, t in plan.tiles.items()}
     monkeypatch.setitem(ops.plans, PATHS[0], replace(plan, tiles=tiles))
     wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, PATHS[0])
     assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
-    halves = ops.batch.words[: 2 * 16 * SLICES * LIMIT].view(2, -1)
-    there = halves[split] != 0
-    # Another value, and the tag after this launch's.
-    halves[split] = torch.where(there, (halves[split] ^ (TAGS + 1) << 11) + 1, 0)
+    parts = ops.batch.words[: splits * 16 * SLICES * LIMIT].view(splits, -1)
+    right = parts.clone()
+    there = right != 0
+    # Other values, and the tag after this launch's.
+    late = torch.where(there, (right ^ (TAGS + 1) << 11) + 1, 0)
     monkeypatch.setattr(ops, "plans", {path: without_shrink(plan) for path, plan in ops.plans.items()})
-    assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
-    # It is the tag that tells.
-    halves[split] = torch.where(there, halves[split] - 1, 0)
-    assert not close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
+    for mine, others in ((late, right), (right, late)):
+        parts.copy_(others)
+        parts[split] = mine[split]
+        assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
+        # It is the tag that tells.
+        parts.copy_(torch.where(there & (parts != right), parts - 1, parts))
+        assert not close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
 
 
 def _words(v, h, COUNT: tl.constexpr, TAG: tl.constexpr):

@@ -203,3 +203,36 @@ def test_pinned_adapters_leave_room_for_the_largest_other():
     assert "the largest unpinned one needs" in ranks.load("pinned", pinned=True)
     assert ranks.load("two") is None
     assert "raise --lora-pool-gb" in Ranks(room=0.5).load("large")
+
+
+def test_pinned_adapters_are_known_from_load_to_unload():
+    ranks = Ranks()
+
+    def pinned() -> set[str]:
+        everyone = [each.pinned() for each in ranks.loaders]
+        assert everyone == everyone[:1] * TP
+        return {uid.removeprefix("id of ") for uid in everyone[0]}
+
+    def unload(name: str) -> None:
+        for each in ranks.loaders:
+            each.unload(f"id of {name}")
+
+    assert pinned() == set()
+    for name, is_pinned, known in (
+        ("one", True, {"one"}),
+        ("two", False, {"one"}),
+        ("three", True, {"one", "three"}),
+    ):
+        assert ranks.load(name, pinned=is_pinned) is None
+        assert pinned() == known
+    assert ranks.load("refused", pinned=True) is not None
+    assert pinned() == {"one", "three"}
+    for name, known in (("two", {"one", "three"}), ("never loaded", {"one", "three"}), ("one", {"three"})):
+        unload(name)
+        assert pinned() == known
+    # The same id again.
+    assert ranks.load("one") is None
+    assert pinned() == {"three"}
+    unload("three")
+    assert ranks.load("two", pinned=True) is None
+    assert pinned() == {"two"}

@@ -99,6 +99,22 @@ def test_a_device_with_little_shared_memory_takes_fewer_rank_rows_at_a_time():
         ([4096], 7168, (32, True), {"splits": 2}),
         ([4096], 2048, (64, True), {"splits": 1}),
         ([4096], 2048, (16, False), {"splits": 2}),
+        # Four for few of q/k/v; at 64 rows where its tiles are shared too.
+        ([2048, 2560, 3072], 4096, (16, False), {"splits": 4, "shrink_k": 256}),
+        ([2048, 2560, 3072], 4096, (32, False), {"splits": 4, "shrink_k": 128, "shrink_rows": 16, "programs": 36}),
+        ([2048, 2560, 3072], 4096, (64, False), {"splits": 2}),
+        ([512, 640, 768], 4096, (64, False), {"splits": 4, "parts": 4}),
+        ([512, 640, 768], 4096, (128, False), {"splits": 2}),
+        ([512, 640, 768], 4096, (32, True), {"splits": 2}),
+        # For few rank rows at 32 rows h of gate/up in one round, or in long pieces where its tiles are narrow.
+        ([7168, 14336], 4096, (32, False), {"programs": 8, "shrink_rows": 64, "shrink_k": 256, "halves": False}),
+        ([1792, 3584], 4096, (32, False), {"block_n": 32, "programs": 20, "shrink_rows": 16, "shrink_k": 512}),
+        ([1792, 3584], 4096, (64, False), {"programs": 20, "shrink_rows": 16, "shrink_k": 128}),
+        # Four programs for h of one slice compute half as many rank rows at a time where there are few.
+        ([4096], 512, (32, False), {"programs": 4, "shrink_rows": 64, "shrink_k": 128, "halves": True}),
+        ([4096], 7168, (64, False), {"programs": 4, "shrink_rows": 64, "halves": True}),
+        ([4096], 7168, (16, False), {"halves": False}),
+        ([4096], 7168, (64, True), {"halves": False}),
         # Half the tiles for q/k/v at 64 rows, if one wave is left.
         ([2048, 2560, 3072], 4096, (64, True), {"block_n": 64, "programs": 72, "shrink_rows": 64}),
         ([8192, 9216, 10240], 8192, (64, True), {"block_n": 128, "programs": 36, "shrink_rows": 32}),
