@@ -1,7 +1,7 @@
 """The decode step at other tensor-parallel sizes, predicted from rows of one size.
 
-    python -m benchmarks.latency.predict MEASURED [MEASURED ...] --products TUNE [--kernels TUNE] [--tp 4 8] [--model 70b] [--layers 20] \
-        [--output FILE]
+    python -m benchmarks.latency.predict MEASURED [MEASURED ...] --products TUNE [--kernels TUNE] [--shares FILE ...] [--tp 4 8] \
+        [--model 70b] [--layers 20] [--output FILE]
 
 MEASURED: rows of `python -m benchmarks.latency` of one model at one size, with the arm no-lora; each file's model is predicted, with all
 its layers, unless --model and --layers name others. TUNE: rows of `python -m benchmarks.kernels.tune`, cuBLAS's microseconds for each
@@ -19,6 +19,10 @@ One rank's kernels can be timed on one GPU at any size: --kernels names rows of 
 to predict, --products then those of the kernels that MEASURED ran, with LoRA, at its size. Where there are rows for an arm's batch and up
 to its rank rows, what it adds is what its kernels take longer than cuBLAS at that size, and what MEASURED has beside that (the median over
 the rank rows that --products has; of another model where MEASURED's has none).
+
+A rank can be served on one GPU too, but for its collectives: --shares names rows of `python -m benchmarks.latency --share-of` with all of
+a model's layers. Where there are such rows for a size and batch, its step without LoRA is theirs and 2 all-reduces a layer, and what arms
+without collectives add, up to the most rank rows that were measured there, is drawn through theirs.
 
 Assumed, not measured: one small all-reduce takes ALL_REDUCE_US microseconds, S-LoRA has four more a layer, and what else S-LoRA adds, and
 what so many rank rows add, is the same at every size. What a step costs once, however many layers there are, counts as theirs: a model
@@ -89,11 +93,21 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Share:
+    """One rank of a size, without collectives, at a batch: microseconds of a step without LoRA, and (rank rows, what they add to a layer),
+    ascending."""
+
+    step: float
+    added: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
 class Model:
     """Microseconds of a decoder layer.
 
     rest: by batch. local: (rank rows, what they add), by batch, ascending. added: by arm and batch, of the arms with collectives.
     kernels: (rank rows, what they take longer than cuBLAS), by size and batch, ascending. beside: what local arms add to that, by batch.
+    shares: of the model that is predicted, by size and batch.
     """
 
     tp: int
@@ -104,6 +118,12 @@ class Model:
     added: dict[tuple[Arm, int], float]
     kernels: dict[tuple[int, int], list[tuple[int, float]]] = field(default_factory=dict)
     beside: dict[int, float] = field(default_factory=dict)
+    shares: dict[tuple[int, int], Share] = field(default_factory=dict)
+
+    def served(self, tp: int, batch: int, count: int = 0) -> bool:
+        """Whether one rank of this size was served at this batch, with so many rank rows or more."""
+        share = self.shares.get((tp, batch))
+        return share is not None and (count == 0 or (bool(share.added) and count <= share.added[-1][0]))
 
     def timed(self, tp: int, batch: int, count: int) -> bool:
         """Whether kernels were timed at this size and batch with so many rank rows or more."""
@@ -112,19 +132,27 @@ class Model:
 
     def step_ms(self, shape: Shape, tp: int, batch: int, arm: Arm | None = None) -> float:
         """arm: None: without LoRA."""
-        layer = sum(self._product(product_bytes(shape, name), tp) for name in PRODUCTS)
-        layer += BASE_COLLECTIVES * ALL_REDUCE_US[tp] + self.rest[batch]
-        if arm is not None and arm.local:
+        layer, once = BASE_COLLECTIVES * ALL_REDUCE_US[tp], 0.0
+        if self.served(tp, batch):
+            once = self.shares[tp, batch].step
+        else:
+            layer += sum(self._product(product_bytes(shape, name), tp) for name in PRODUCTS) + self.rest[batch]
+            once = self._product(2 * shape.vocab * shape.hidden, tp)
+        if arm is not None:
+            layer += self._adds(shape, tp, batch, arm)
+        return (shape.layers * layer + once) / 1e3
+
+    def _adds(self, shape: Shape, tp: int, batch: int, arm: Arm) -> float:
+        """To a layer."""
+        if arm.local:
             count = arm.rank_rows(shape, tp, batch)
+            if self.served(tp, batch, count):
+                return through(self.shares[tp, batch].added, count)
             if self.timed(tp, batch, count):
-                layer += through(self.kernels[tp, batch], count) + self.beside[batch]
-            else:
-                layer += through(self.local[batch], count)
-        elif arm is not None:
-            layer += self.added[arm, batch]
-            if arm.name == "s-lora":
-                layer += S_LORA_COLLECTIVES * (ALL_REDUCE_US[tp] - ALL_REDUCE_US[self.tp])
-        return (shape.layers * layer + self._product(2 * shape.vocab * shape.hidden, tp)) / 1e3
+                return through(self.kernels[tp, batch], count) + self.beside[batch]
+            return through(self.local[batch], count)
+        more = S_LORA_COLLECTIVES * (ALL_REDUCE_US[tp] - ALL_REDUCE_US[self.tp]) if arm.name == "s-lora" else 0.0
+        return self.added[arm, batch] + more
 
     def _product(self, size: int, tp: int) -> float:
         return self.start + self.per_byte * size / tp
@@ -145,6 +173,8 @@ def fit(measured: list[dict], products: list[dict]) -> tuple[Model, Shape, list[
     Raises ValueError where rows are missing.
     """
     points = [row for row in measured if row.get("kind") == "point" and row["output_len"] >= 64]
+    if any(row.get("share_of", 1) > 1 for row in points):
+        raise ValueError("rows of whole models are needed: those of a rank's share are for --shares")
     sizes = {row["tp"] for row in points}
     if len(sizes) != 1 or not any(row["arm"] == "no-lora" for row in points):
         raise ValueError(f"rows of one tensor-parallel size with the arm no-lora are needed, not of {sorted(sizes)}")
@@ -206,6 +236,38 @@ def kernels_of(rows: list[dict], shape: Shape) -> dict[tuple[int, int], list[tup
     return found
 
 
+def shares_of(rows: list[dict], shape: Shape) -> dict[tuple[int, int], Share]:
+    """Of a model with all of its layers, from rows of the latency benchmark with --share-of: Model.shares."""
+    points = [
+        (row["share_of"], row["batch"], arm_of(row), row["decode_ms"] * 1e3)
+        for row in rows
+        if (row["model"], row["layers"], row["modules"]) == (shape.name, shape.layers, "all")
+        and row["output_len"] >= 64
+    ]
+    steps = _means(((tp, batch), us) for tp, batch, arm, us in points if arm is None)
+    return {
+        (tp, batch): Share(
+            step,
+            sorted(
+                _means(
+                    (arm.rank_rows(shape, tp, batch), (us - step) / shape.layers)
+                    for *at, arm, us in points
+                    if at == [tp, batch] and arm is not None and arm.local
+                ).items()
+            ),
+        )
+        for (tp, batch), step in steps.items()
+    }
+
+
+def served_rows(path: Path) -> list[dict]:
+    """Points of ranks' shares. Raises ValueError for others."""
+    rows = [row for row in read_rows(path) if row.get("kind") == "point"]
+    if not rows or any(row.get("share_of", 1) == 1 or row["nblocks"] != row["share_of"] for row in rows):
+        raise ValueError(f"{path}: rows of benchmarks.latency --share-of are needed, with as many blocks as ranks")
+    return rows
+
+
 def tuned(path: Path) -> list[dict]:
     """Rows of the tuning benchmark. Raises ValueError for others."""
     rows = read_rows(path)
@@ -245,6 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     add("measured", type=Path, nargs="+", metavar="MEASURED")
     add("--products", type=Path, required=True, metavar="TUNE")
     add("--kernels", type=Path, metavar="TUNE", help="of one rank at the sizes to predict")
+    add("--shares", type=Path, nargs="+", default=[], metavar="FILE", help="rows of one rank's share, served")
     add("--tp", type=int, nargs="+", default=[4, 8], choices=sorted(ALL_REDUCE_US))
     add(
         "--output", type=Path, default=RESULTS / "prediction.jsonl", help="default: benchmarks/results/prediction.jsonl"
@@ -255,6 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         products, kernels = (tuned(path) if path else [] for path in (args.products, args.kernels))
         fitted = {path: fit(read_rows(path), products) for path in args.measured}
+        shares = [row for path in args.shares for row in served_rows(path)]
     except (OSError, ValueError) as error:
         parser.error(str(error))
     beside = next((model.beside for model, *_ in fitted.values() if model.beside), {})
@@ -262,7 +326,9 @@ def main(argv: list[str] | None = None) -> int:
         shape = MODELS.get(args.model, measured)
         shape = replace(shape, layers=args.layers or shape.layers)
         rows = Rows(args.output, benchmark="prediction", measured=path.name, products=args.products.name)
-        model = replace(model, kernels=kernels_of(kernels, shape), beside=model.beside or beside)
+        model = replace(
+            model, kernels=kernels_of(kernels, shape), beside=model.beside or beside, shares=shares_of(shares, shape)
+        )
         _predict(model, shape, args.tp, arms, rows)
     print(args.output)
     return 0
@@ -282,7 +348,9 @@ def _predict(model: Model, shape: Shape, sizes: Iterable[int], arms: Sequence[Ar
         for batch in sorted(model.rest):
             without = model.step_ms(shape, tp, batch)
             print(f"{shape.name}, TP {tp}, batch {batch}: no-lora {without:.2f} ms")
-            rows.write(model=shape.name, tp=tp, batch=batch, arm="no-lora", decode_ms=without)
+            rows.write(
+                model=shape.name, tp=tp, batch=batch, arm="no-lora", decode_ms=without, served=model.served(tp, batch)
+            )
             for arm in arms:
                 if not (model.local[batch] if arm.local else (arm, batch) in model.added):
                     continue
@@ -290,7 +358,12 @@ def _predict(model: Model, shape: Shape, sizes: Iterable[int], arms: Sequence[Ar
                 about = {}
                 if arm.local:
                     count = arm.rank_rows(shape, tp, batch)
-                    about = {"rank_rows": count, "kernels_timed": model.timed(tp, batch, count)}
+                    served = model.served(tp, batch, count)
+                    about = {
+                        "rank_rows": count,
+                        "served": served,
+                        "kernels_timed": not served and model.timed(tp, batch, count),
+                    }
                 rows.write(
                     model=shape.name,
                     tp=tp,
@@ -301,7 +374,8 @@ def _predict(model: Model, shape: Shape, sizes: Iterable[int], arms: Sequence[Ar
                     decode_ms=step,
                     **about,
                 )
-                told = f", {count} rank rows{', timed' * about['kernels_timed']}" if arm.local else ""
+                how = ", served" * about["served"] + ", timed" * about["kernels_timed"] if arm.local else ""
+                told = f", {count} rank rows{how}" if arm.local else ""
                 print(f"  {f'{arm.name} {ratio:.2f}x {arm.mix}{told}':<52} {step:6.2f} ms  {step / without:.2f}x")
 
 

@@ -562,6 +562,65 @@ def test_prediction_by_kernels_that_were_timed():
     assert model.step_ms(shape, 8, 8, between) - model.step_ms(shape, 8, 8) == pytest.approx(32 * (4.0 + 3.0) / 1e3)
 
 
+def test_prediction_by_ranks_that_were_served(tmp_path, capsys):
+    """A rank's step and what adapters add to it are as measured, and the collectives come on top; other sizes and batches as before."""
+    from benchmarks.files import LLAMA_8B
+    from benchmarks.latency.predict import ALL_REDUCE_US, PRODUCTS, Arm, fit, main, shares_of
+
+    point = {"kind": "point", "model": LLAMA_8B.name, "tp": 2, "layers": 32, "batch": 8, "output_len": 128}
+    point |= {"modules": "all", "mix": "16x4", "wanted_ratio": None}
+    measured = [
+        {**point, "arm": "no-lora", "decode_ms": 3.2},
+        {**point, "arm": "replicated", "decode_ms": 3.6},
+        {**point, "arm": "s-lora", "decode_ms": 6.0},
+    ]
+    products = [{"tp": 2, "layer": name, "tokens": 8, "cublas_us": 5.0 + i} for i, name in enumerate(PRODUCTS)]
+    model, shape, _ = fit(measured, products)
+    share = {**point, "tp": 1, "share_of": 8, "nblocks": 8}
+    rows = [
+        *({**share, "arm": "no-lora", "decode_ms": ms} for ms in (1.6, 1.8)),
+        {**share, "arm": "replicated", "decode_ms": 1.9},
+        {**share, "arm": "block-diagonal", "wanted_ratio": 0.87, "decode_ms": 1.8},
+        {**share, "arm": "stock", "decode_ms": 3.0},
+        {**share, "arm": "replicated", "output_len": 16, "decode_ms": 9.0},
+        {**share, "arm": "replicated", "layers": 2, "decode_ms": 9.0},
+        {**share, "arm": "replicated", "modules": "attention", "decode_ms": 9.0},
+    ]
+    shares = shares_of(rows, shape)
+    assert list(shares) == [(8, 8)]
+    assert shares[8, 8].step == pytest.approx(1700)
+    assert [count for count, _ in shares[8, 8].added] == [16, 64]
+    assert [us for _, us in shares[8, 8].added] == pytest.approx([100 / 32, 200 / 32])
+    served = replace(model, shares=shares)
+    collectives = 64 * ALL_REDUCE_US[8] / 1e3
+    few, some, many = Arm("block-diagonal", "16x4", 0.87), Arm("replicated", "8x4"), Arm("replicated", "64x4")
+    steps = [served.step_ms(shape, 8, 8, arm) for arm in (None, few, some, many, Arm("s-lora", "16x4"))]
+    s_lora = 2.8 + 4 * 32 * (ALL_REDUCE_US[8] - ALL_REDUCE_US[2]) / 1e3
+    # More rank rows than were served: what was measured at TP 2.
+    assert [ms - collectives for ms in steps] == pytest.approx([1.7, 1.8, 1.8 + 0.1 / 3, 2.1, 1.7 + s_lora])
+    for arm in (None, few):
+        assert served.step_ms(shape, 4, 8, arm) == model.step_ms(shape, 4, 8, arm)
+    with pytest.raises(ValueError, match="those of a rank's share are for --shares"):
+        fit([*measured, rows[0]], products)
+    file, other = tmp_path / "share.jsonl", str(RESULTS / "latency-h200x2-many-rows.jsonl")
+    for wrong in (other, str(file)):
+        file.write_text(json.dumps({**rows[0], "nblocks": 16}) + "\n")
+        with pytest.raises(SystemExit):
+            main([other, "--products", str(RESULTS / "kernels-before-h200.jsonl"), "--shares", wrong])
+        assert f"{wrong}: rows of benchmarks.latency --share-of are needed" in capsys.readouterr().err
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "prediction.jsonl"
+    words = ["--products", str(RESULTS / "kernels-before-h200.jsonl"), "--shares", str(file), "--tp", "8"]
+    assert main([other, *words, "--output", str(output)]) == 0
+    by = {(row["batch"], row["arm"], row.get("mix")): row for row in read_rows(output)}
+    assert by[8, "no-lora", None]["decode_ms"] == pytest.approx(1.7 + collectives)
+    assert by[8, "no-lora", None]["served"]
+    assert by[8, "replicated", "16x4"]["served"]
+    assert not by[8, "replicated", "64x4"]["served"]
+    assert not by[32, "no-lora", None]["served"]
+    assert "16 rank rows, served" in capsys.readouterr().out
+
+
 def test_predicted_arms_have_the_rank_rows_of_their_size():
     """Parameters of 0.85 of a plain adapter's: a block for every rank, filled up to four rows; a batch of two has two adapters."""
     from benchmarks.files import LLAMA_8B, matched_rank
