@@ -79,8 +79,8 @@ class Tiles:
     that are left of the first part when it asks for h and B, a multiple of block_k.
 
     rows: rank rows of h and B at a time; those behind the first are asked for (late_stages - 1) // 2 times ahead. programs: blocks that
-    compute h, shrink_rows rank rows and shrink_k inputs at a time, K in `splits` parts. halves: half as many rank rows at a time where
-    there is a program for every piece then.
+    compute h, shrink_rows rank rows and shrink_k inputs at a time, K in `splits` parts, or two of four if all pieces are one round only
+    then. halves: half as many rank rows at a time where there is a program for every piece then.
     """
 
     block_n: int

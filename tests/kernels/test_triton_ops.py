@@ -182,7 +182,8 @@ def test_a_tile_whose_shrink_does_not_come_computes_it(engine, device, monkeypat
         {"programs": 4, "shrink_rows": 64},
         {"programs": 12, "shrink_rows": 64, "halves": True},
         {"splits": 1},
-        {"splits": 4, "shrink_k": 32},
+        {"splits": 4, "shrink_k": 32, "programs": 96},
+        {"splits": 4, "shrink_k": 32, "programs": 5},
         {"early": K},
         {"parts": 2, "block_k": 64, "early": 128, "rows": 16},
         {"parts": 3, "block_k": 32, "early": 64, "rows": 16},
@@ -355,7 +356,7 @@ def test_a_part_of_a_sum_is_not_taken(engine, device, monkeypatch, splits, split
     ops, batch, x = case(engine, device, "skewed", 12, static=True)
     weight = torch.zeros(sum(N), K).to(x)
     plan = ops.plans[PATHS[0]]
-    tiles = {kind: replace(t, splits=splits, shrink_k=32, rows=rows) for kind, t in plan.tiles.items()}
+    tiles = {kind: replace(t, splits=splits, shrink_k=32, rows=rows, programs=96) for kind, t in plan.tiles.items()}
     monkeypatch.setitem(ops.plans, PATHS[0], replace(plan, tiles=tiles))
     wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, PATHS[0])
     assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
@@ -372,6 +373,21 @@ def test_a_part_of_a_sum_is_not_taken(engine, device, monkeypatch, splits, split
         # It is the tag that tells.
         parts.copy_(torch.where(there & (parts != right), parts - 1, parts))
         assert not close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
+
+
+@pytest.mark.parametrize(("more", "parts"), [(0, 4), (-1, 2)], ids=["one round", "more"])
+def test_h_is_in_fewer_parts_where_the_programs_cannot_compute_four_in_one_round(
+    engine, device, monkeypatch, more, parts
+):
+    ops, batch, x = case(engine, device, "skewed", 16, static=True)
+    weight = torch.zeros(sum(N), K).to(x)
+    pieces = triton.cdiv(ops.batch.local.used, 16) * len(N) * 4
+    give_tiles(monkeypatch, ops, {"splits": 4, "shrink_k": 32, "shrink_rows": 16, "programs": pieces + more})
+    ops.batch.words.zero_()
+    wanted = reference(engine[0], batch, torch.zeros(len(x), sum(N)), x, PATHS[0])
+    assert close(ops.linear(x, weight, None, PATHS[0]), wanted, wanted.abs().max())
+    written = ops.batch.words[: 4 * 16 * SLICES * LIMIT].view(4, -1).any(1)
+    assert written.tolist() == [part < parts for part in range(4)]
 
 
 def _words(v, h, COUNT: tl.constexpr, TAG: tl.constexpr):
