@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from benchmarks.kernels.shapes import MODELS, hosts
@@ -124,9 +124,15 @@ def compiled(variant: tuple, capability: int) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(made.asm["ptx"])
         file.flush()
-        tool = Path(triton.__file__).parent / f"backends/nvidia/bin/ptxas{'-blackwell' if capability >= 100 else ''}"
+        # Triton's own choice, which SGLang may have changed: another one may not know the PTX version.
+        tool = get_ptxas(capability).path
         words = [tool, "-v", f"-arch=sm_{capability}{'a' if capability >= 90 else ''}", file.name, "-o", os.devnull]
-        told = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+        run = subprocess.run(words, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(
+            f"{tool} -arch=sm_{capability} of {kernel.__name__} {constants}: {run.stderr or run.returncode}"
+        )
+    told = run.stderr
     registers, spilled = (
         int(re.search(text, told)[1]) for text in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
     )

@@ -50,7 +50,9 @@ def h_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
     sizes = ((16, 128), (16, 256), (16, 512), (32, 128), (32, 256), (32, 512), (64, 128), (64, 256))
     for programs, (rows, k) in itertools.product((4, 12, 20, 36, 68), sizes):
         if plan.inputs // tiles.splits % k == 0:
-            yield replace(tiles, programs=programs, shrink_rows=rows, shrink_k=k)
+            yield replace(tiles, programs=programs, shrink_rows=rows, shrink_k=k, halves=False)
+    if tiles.shrink_rows >= 32:
+        yield replace(tiles, halves=not tiles.halves)
     for splits in (1, 2, 4):
         if plan.inputs % (splits * tiles.shrink_k) == 0:
             yield replace(tiles, splits=splits)

@@ -3,7 +3,7 @@
     python -m benchmarks.latency --tp 2                                   # 2 GPUs, Llama-3.1-8B shape, about 6 minutes
     python -m benchmarks.latency --tp 2 --batches 1 8 32 128 --lengths 128/128 1024/128 2048/512 128/1024 --mixes 16x1 16x4 64x4 128x16
     python -m benchmarks.latency --tp 8 --output rows.jsonl --resume --minutes 9   # again and again, until nothing is left
-    python -m benchmarks.latency --share-of 8 --output rows.jsonl         # 1 GPU: what one rank of TP 8 does between collectives
+    python -m benchmarks.latency --share-of 8                             # 1 GPU: what one rank of TP 8 does between collectives
     python -m benchmarks.latency --device cpu --tiny                      # tries the benchmark itself
 
 Each point is a batch of equal requests sent at once, repeated; a decode step is the time of the whole batch less that of its first
@@ -13,8 +13,8 @@ server arguments, blocks, repeats) are not measured again. With
 --together all servers start at once and stay up while one after another is measured: much of a short run is waiting for starts.
 With --share-of 8 the model is one rank's share of a model at TP 8 (its heads, intermediate units and vocabulary; every layer), and so are
 the adapters: the products, kernels, attention and graphs of that rank in a server on one GPU. Collectives are what is missing: two
-all-reduces a layer, and two more in SGLang's own LoRA. They cost the same with and without local adapters, so that ratios come out higher
-than at TP 8, and no arm can be served whose adapters need more of them (s-lora).
+all-reduces a layer, which cost the same with and without adapters, so that ratios of our arms come out higher than at TP 8, and two more in
+SGLang's own LoRA, whose ratios may come out lower. No arm can be served whose adapters have collectives between their products (s-lora).
 Rows are appended to benchmarks/results/ as soon as a point is measured; plots are drawn at the end.
 """
 
@@ -115,6 +115,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume and not args.output:
         parser.error("--resume needs --output, the file of the run to go on with")
+    if args.share_of < 1:
+        parser.error(f"--share-of {args.share_of}: has to be 1 or more")
     if args.share_of > 1:
         if args.tp > 1:
             parser.error(f"--share-of {args.share_of} is served by one GPU: leave out --tp {args.tp}")

@@ -141,6 +141,10 @@ def _line(panel, points: list[tuple[int, float]], **look) -> None:
 if __name__ == "__main__":
     source = Path(sys.argv[1])
     points = [row for row in read_rows(source) if row["kind"] == "point"]
+    if len(kinds := sorted({f"{row['model']}, {_size(row)}" for row in points})) > 1:
+        sys.exit(
+            f"{source}: rows of {'; of '.join(kinds)}: one picture is of one of them, so give each a file of its own"
+        )
     print(table(points))
     draw(points, source.with_suffix(".png"))
     print(source.with_suffix(".png"))

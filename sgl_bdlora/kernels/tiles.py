@@ -132,10 +132,12 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
         if block_n <= 32:
             most_k = 512
         else:
-            # As many as compute FEW_ROWS in one round.
-            programs, shrink_rows, most_k = FEW_ROWS // 64 * SPLITS * slices, 64, 256
-    if programs < FEWEST and shrink_rows < 64:
-        shrink_rows, halves = 64, not many and slices == 1
+            # As many as compute FEW_ROWS in one round, unless that would take a second wave.
+            wanted = FEW_ROWS // 64 * SPLITS * slices
+            programs = min(programs, wanted) if blocks + fewest <= multiprocessors else wanted
+            shrink_rows, most_k = 64, 256
+    if programs < FEWEST:
+        shrink_rows, halves = 64, slices == 1
     room = device.loops // (SHRINK_STAGES * 2 * (block_t + shrink_rows))
     splits, shrink_k = _shrink_parts(inputs, min(most_k, power_of_two(room)), most_splits)
     if min(block_k, shrink_k) < 16:

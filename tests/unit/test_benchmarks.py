@@ -794,10 +794,39 @@ def test_a_share_has_a_rank_s_part_of_the_model_and_of_its_adapters(tmp_path, ca
         (["--arms", "s-lora"], "leave it out of --arms"),
         (["--nblocks", "6"], "--nblocks 6 is no multiple of --share-of 4"),
         (["--share-of", "8"], "kv_heads is 4, which 8 ranks cannot share evenly"),
+        (["--share-of", "0"], "has to be 1 or more"),
     ):
         with pytest.raises(SystemExit):
             arguments([*words, *wrong])
         assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arms", "kinds"),
+    [
+        (["no-lora"], {}),
+        (["no-lora", "replicated"], {"ours": "plain"}),
+        (["stock-base-only", "loaded-base-only"], {"stock": "plain", "ours": "bd1"}),
+        (["s-lora", "block-diagonal"], {"s-lora": "plain", "ours": "bd1"}),
+    ],
+    ids=str,
+)
+def test_servers_have_the_adapters_of_the_arms_that_are_measured(tmp_path, monkeypatch, arms, kinds):
+    from benchmarks.latency import __main__ as latency
+
+    words = ["--device", "cpu", "--tiny", "--mixes", "16x2", "--arms", *arms, "--output", str(tmp_path / "rows")]
+    run = latency.Latency(latency.arguments(words), tmp_path)
+    run.write_files()
+    assert {name.partition("-")[0] for name in run.paths} == set(kinds.values())
+    given = {}
+    monkeypatch.setattr(
+        latency, "command", lambda server, setup, adapters, port: (given.update({server: list(adapters)}) or [], {})
+    )
+    for server in latency.SERVERS:
+        run._process(server)
+    assert {server: names for server, names in given.items() if names} == {
+        server: [f"{kind}-r16-{i}" for i in range(2)] for server, kind in kinds.items()
+    }
 
 
 def test_ratios_are_by_the_mean_of_the_servers_without_lora():
@@ -818,6 +847,23 @@ def test_ratios_are_by_the_mean_of_the_servers_without_lora():
     assert "first to last, decode steps: at most 10.0 % (batch 1, 8/8)" in text
     assert "first to last, first tokens: at most 50.0 % (batch 1, 8/8)" in text
     assert "drift" not in table(rows[:2])
+
+
+def test_a_picture_is_of_one_model_and_size(tmp_path):
+    rows = [row for row in read_rows(RESULTS / "latency-8b-share4-h200.jsonl") if row["kind"] == "point"]
+    mixed = tmp_path / "rows.jsonl"
+    for other in ({**rows[0], "share_of": 8}, {**rows[0], "model": "another"}):
+        mixed.write_text("".join(json.dumps(row) + "\n" for row in [*rows, other]))
+        run = subprocess.run(
+            [sys.executable, "-m", "benchmarks.latency.plot", str(mixed)],
+            cwd=RESULTS.parents[1],
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 1
+        assert "rows of " in run.stderr
+        assert "Llama-3.1-8B shape, one rank of TP 4 without collectives" in run.stderr
+    assert not mixed.with_suffix(".png").exists()
 
 
 def test_gaps_between_tokens_are_those_that_a_span_touches():

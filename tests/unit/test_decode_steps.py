@@ -263,6 +263,22 @@ def test_the_pool_is_asked_again_after(manager, asked, between):
     assert asked == [{"a", "b"}]
 
 
+def test_adapters_are_used_in_the_same_order_on_every_rank(manager):
+    """A set's differs between processes, and the pool evicts by it."""
+
+    class Reversed(set):
+        def __or__(self, other):
+            return self
+
+        __sub__ = __or__
+
+        def __iter__(self):
+            return iter(["c", "b", "a"])
+
+    manager.fetch_new_loras(Reversed("abc"))
+    assert list(manager.memory_pool.uid_to_buffer_id) == ["a", "b", "c"]
+
+
 def test_an_adapter_that_was_evicted_is_fetched_again(manager):
     manager.fetch_new_loras({"a"})
     manager.memory_pool.ensure({"d": SHARDS["d"]}, protected=["b", "c"])

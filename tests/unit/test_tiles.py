@@ -41,6 +41,7 @@ def test_pieces_divide_and_fit(model, device):
             found += 1
             assert inputs % tiles.block_k == 0
             assert inputs % (tiles.splits * tiles.shrink_k) == 0
+            assert tiles.splits in (1, 2, 4)
             assert min(tiles.block_k, tiles.shrink_k) >= 16
             assert 0 < tiles.early <= inputs // tiles.block_k // tiles.parts * tiles.block_k
             if tiles.parts > 1:
@@ -49,6 +50,9 @@ def test_pieces_divide_and_fit(model, device):
                 assert ends[-1] // tiles.block_n * tiles.parts + tiles.programs <= device.multiprocessors
             assert tiles.early % tiles.block_k == 0
             assert all(end % tiles.block_n == 0 for end in ends)
+            blocks = ends[-1] // tiles.block_n * tiles.parts
+            if block_t > 16 and not many and blocks + 4 <= device.multiprocessors:
+                assert blocks + tiles.programs <= device.multiprocessors
             assert max(tiles.buffers(block_t)) <= device.loops, tiles
     assert found > 20
 
@@ -82,7 +86,7 @@ def test_a_device_with_little_shared_memory_takes_fewer_rank_rows_at_a_time():
         ([512, 640, 768], 4096, (16, False), {"block_n": 32, "parts": 4, "programs": 36, "early": 512}),
         ([512, 640, 768], 4096, (64, True), {"block_n": 32, "parts": 3, "programs": 60}),
         ([512], 4096, (16, False), {"block_n": 32, "parts": 4}),
-        ([1024, 1280, 1536], 4096, (32, False), {"block_n": 32, "parts": 2, "programs": 36}),
+        ([1024, 1280, 1536], 4096, (32, False), {"block_n": 32, "parts": 2, "programs": 36, "splits": 4}),
         ([1024, 1152, 1280], 8192, (16, True), {"block_n": 32, "block_k": 128, "parts": 2}),
         ([1024, 1152, 1280], 3584, (16, True), {"block_n": 16, "block_k": 256, "parts": 1}),
         ([2048, 2560, 3072], 4096, (128, False), {"block_n": 64, "parts": 2, "stages": 3}),
@@ -108,11 +112,17 @@ def test_a_device_with_little_shared_memory_takes_fewer_rank_rows_at_a_time():
         ([512, 640, 768], 4096, (32, True), {"splits": 2}),
         # For few rank rows at 32 rows h of gate/up in one round, or in long pieces where its tiles are narrow.
         ([7168, 14336], 4096, (32, False), {"programs": 8, "shrink_rows": 64, "shrink_k": 256, "halves": False}),
+        ([3584, 7168], 4096, (32, False), {"block_n": 64, "programs": 8, "shrink_rows": 64, "shrink_k": 256}),
+        # Fewer where they have no more places beside the tiles (1B); as many where there is a second wave anyway.
+        ([8192, 16384], 2048, (32, False), {"block_n": 128, "programs": 4, "shrink_rows": 64, "halves": False}),
+        ([14336, 28672], 4096, (32, False), {"block_n": 128, "programs": 8}),
         ([1792, 3584], 4096, (32, False), {"block_n": 32, "programs": 20, "shrink_rows": 16, "shrink_k": 512}),
         ([1792, 3584], 4096, (64, False), {"programs": 20, "shrink_rows": 16, "shrink_k": 128}),
         # Four programs for h of one slice compute half as many rank rows at a time where there are few.
         ([4096], 512, (32, False), {"programs": 4, "shrink_rows": 64, "shrink_k": 128, "halves": True}),
         ([4096], 7168, (64, False), {"programs": 4, "shrink_rows": 64, "halves": True}),
+        ([4096], 7168, (128, False), {"programs": 4, "halves": True}),
+        ([14336, 28672], 4096, (64, False), {"programs": 4, "shrink_rows": 64, "halves": False}),
         ([4096], 7168, (16, False), {"halves": False}),
         ([4096], 7168, (64, True), {"halves": False}),
         # Half the tiles for q/k/v at 64 rows, if one wave is left.
