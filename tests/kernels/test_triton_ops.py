@@ -349,8 +349,7 @@ def test_sums_of_long_ago_are_not_taken(engine, device, monkeypatch):
 
 
 @pytest.mark.usefixtures("_impatient")
-@pytest.mark.parametrize(("splits", "split"), [(2, 0), (2, 1), (4, 0), (4, 3)])
-@pytest.mark.parametrize("rows", [16, 128], ids="{} rank rows at a time".format)
+@pytest.mark.parametrize(("splits", "split", "rows"), [(2, 0, 128), (2, 1, 16), (4, 0, 16), (4, 3, 128)])
 def test_a_part_of_a_sum_is_not_taken(engine, device, monkeypatch, splits, split, rows):
     """Words of the other parts of K are of an older launch, or those of this one are."""
     ops, batch, x = case(engine, device, "skewed", 12, static=True)
