@@ -18,6 +18,13 @@ ROW = ("o_proj", "down_proj")
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 MODULES = (*COLUMN, *ROW)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+# A layer's products as SGLang computes them, in the order of the forward pass, and the modules that each one is.
+PRODUCTS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "o_proj": ("o_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _least_us(manager, steps: list[list[str]]) -> float:
     """Microseconds of the steps in turn, each as ForwardBatch.init_new asks for it."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
     times = []
     for repeat in range(2 * REPEATS):
-        batch = SimpleNamespace(
-            lora_ids=list(steps[repeat % 2]), forward_mode=_decode(), batch_size=len(steps[repeat % 2])
-        )
+        ids = steps[repeat % 2]
+        batch = SimpleNamespace(lora_ids=list(ids), forward_mode=ForwardMode.DECODE, batch_size=len(ids))
         begin = time.perf_counter()
         manager.fetch_new_loras(set(batch.lora_ids))
         manager.prepare_lora_batch(batch)
@@ -67,12 +68,6 @@ def _least_us(manager, steps: list[list[str]]) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     return min(times[2:]) * 1e6
-
-
-def _decode():
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
-    return ForwardMode.DECODE
 
 
 def _manager(device: torch.device, max_batch: int):

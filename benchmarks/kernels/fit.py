@@ -25,7 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from benchmarks.kernels.shapes import MODELS, hosts
+from benchmarks.files import MODELS
+from benchmarks.kernels.shapes import hosts
 from sgl_bdlora.kernels import triton_ops
 from sgl_bdlora.kernels.tiles import H200, Device
 

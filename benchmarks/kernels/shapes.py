@@ -4,26 +4,21 @@ from collections.abc import Iterable
 
 import torch
 
+from benchmarks.files import MODELS, PRODUCTS
 from sgl_bdlora.kernels.rows import TOGETHER, padded
 from sgl_bdlora.sharding import AdapterShard, HostLayer, HostSlice, LayerLayout, PieceLayout, SliceLayout, Span
 
-# Hidden size, and outputs of q, of k and v, of gate and up at TP 1: Llama-3.1.
-MODELS = {"8b": (4096, 4096, 1024, 14336), "70b": (8192, 8192, 1024, 28672)}
 ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 def hosts(model: str, tp: int, layers: int) -> list[HostLayer]:
     """The first `layers` decoder layers' linear layers, in the order of the forward pass."""
-    hidden, q, kv, inner = (MODELS[model][0], *(size // tp for size in MODELS[model][1:]))
-    shapes = {
-        "qkv_proj": (hidden, (q, kv, kv)),
-        "o_proj": (q, (hidden,)),
-        "gate_up_proj": (hidden, (inner, inner)),
-        "down_proj": (inner, (hidden,)),
-    }
+    shape = MODELS[model].share(tp)
     made = []
     for i in range(layers):
-        for leaf, (inputs, outputs) in shapes.items():
+        for leaf, modules in PRODUCTS.items():
+            sizes = [shape.linear(module) for module in modules]
+            inputs, outputs = sizes[0][0], [size for _, size in sizes]
             slices = [
                 HostSlice(f"{leaf}.{s}", Span.whole(inputs), Span.whole(size), sum(outputs[:s]))
                 for s, size in enumerate(outputs)

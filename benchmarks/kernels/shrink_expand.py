@@ -20,8 +20,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from benchmarks.files import MODELS
 from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
-from benchmarks.kernels.shapes import MODELS, hosts, rank_rows
+from benchmarks.kernels.shapes import hosts, rank_rows
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.batch import AdapterSet, Batch
 from sgl_bdlora.kernels.tiles import FUSED_TOKENS, few_rows

@@ -33,8 +33,9 @@ import torch
 import triton
 from tqdm import tqdm
 
+from benchmarks.files import MODELS, PRODUCTS
 from benchmarks.kernels.common import graph_ms, on_device, parse, parser_for
-from benchmarks.kernels.shapes import MODELS, hosts, rank_rows
+from benchmarks.kernels.shapes import hosts, rank_rows
 from benchmarks.record import Rows
 from sgl_bdlora.kernels.device_batch import PADDING
 from sgl_bdlora.kernels.tiles import H200, SUMS, WIDTHS, Tiles, few_rows, warps_for
@@ -82,7 +83,6 @@ def rest_variants(tiles: Tiles, plan: Plan, block_t: int) -> Iterator[Tiles]:
         yield replace(tiles, early=early // tiles.block_k * tiles.block_k)
 
 
-LEAVES = tuple(host.path.rpartition(".")[2] for host in hosts("8b", 1, 1))
 PARTS = {"h": h_variants, "tile": tile_variants, "rest": rest_variants}
 
 
@@ -246,7 +246,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", choices=list(MODELS), default="8b", help="shape of the base model (default: 8b)")
     add("--tokens", type=int, nargs="+", default=[8, 32])
     add("--mixes", type=_mix, nargs="+", default=[(4, 12)], metavar="ADAPTERSxRANK", help="(default: 4x12)")
-    add("--only", nargs="+", choices=LEAVES, default=LEAVES, help="these kinds of layers (default: all four)")
+    add(
+        "--only",
+        nargs="+",
+        choices=list(PRODUCTS),
+        default=list(PRODUCTS),
+        help="these kinds of layers (default: all four)",
+    )
     add(
         "--parts",
         nargs="+",

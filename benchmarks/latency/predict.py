@@ -37,7 +37,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.files import MODELS, Shape
+from benchmarks.files import MODELS, PRODUCTS, Shape
 from benchmarks.kernels.shapes import rank_rows
 from benchmarks.latency.mixes import mix, params_ratio, rank_of
 from benchmarks.record import RESULTS, Rows, read_rows
@@ -46,14 +46,6 @@ from benchmarks.record import RESULTS, Rows, read_rows
 ALL_REDUCE_US = {1: 0.0, 2: 2.5, 4: 3.5, 8: 5.0}
 BASE_COLLECTIVES, S_LORA_COLLECTIVES = 2, 4
 NAMED = {shape.name: shape for shape in MODELS.values()}
-PRODUCTS = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "o_proj": ("o_proj",),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "down_proj": ("down_proj",),
-}
-
-
 # What a row of the tuning benchmark has.
 TUNED = {"layer", "tp", "tokens", "adapters", "rank", "cublas_us"}
 

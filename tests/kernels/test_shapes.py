@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.kernels.shapes import MODELS, hosts, shard
+from benchmarks.files import MODELS
+from benchmarks.kernels.shapes import hosts, shard
 from sgl_bdlora.kernels.tiles import few_rows
 from sgl_bdlora.kernels.triton_ops import TritonOps
 from sgl_bdlora.memory_pool import MemoryPool
