@@ -48,8 +48,9 @@ class BDLoRAManager(LoRAManager):
         # loads, load_failures and unloads since the start.
         self.counts: Counter[str] = Counter()
         self._published = (0, 0)
-        self._fetched: tuple | None = None
-        self._prepared: tuple | None = None
+        # What the last fetch_new_loras made resident, and what the last decode step was of, each with the pool's `changes`.
+        self._fetched: tuple[set[str], int] | None = None
+        self._prepared: tuple[tuple[str | None, ...], int] | None = None
         self.target_modules = None if not target_modules or "all" in target_modules else set(target_modules)
 
         linear = []

@@ -8,7 +8,7 @@ A mix is adapters x local rank; rows of the batch take turns with the adapters. 
 many too (tiles.py: few_rows), so each kind is swept for all its mixes at once, best by the mean of times over the served ones. The parts
 of a Tiles are swept one after another, each in full, with the best found so far of the others:
 
-    h         programs that compute h, rank rows and inputs of theirs at a time, parts of K
+    h         programs that compute h, rank rows and inputs of theirs at a time, parts of K, half as many rank rows
     tile      block of W, stages, parts of its K
     rest      rank rows of h and B at a time, stages of those behind the first, and how early they are asked for
 

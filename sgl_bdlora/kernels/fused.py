@@ -108,7 +108,7 @@ def _tagged(v, tag):
 
 
 @triton.jit
-def _parts_of_h(n_rows, SPLITS: tl.constexpr, SLICES: tl.constexpr, PROGRAMS: tl.constexpr, BR: tl.constexpr):
+def _splits_of_h(n_rows, SPLITS: tl.constexpr, SLICES: tl.constexpr, PROGRAMS: tl.constexpr, BR: tl.constexpr):
     """Parts of K that h is computed in: half of four where the programs could not compute all of them in one round."""
     if SPLITS <= 2 or PROGRAMS == 0:
         return SPLITS
@@ -116,19 +116,19 @@ def _parts_of_h(n_rows, SPLITS: tl.constexpr, SLICES: tl.constexpr, PROGRAMS: tl
 
 
 @triton.jit
-def _places(place, own, n_parts, SPLIT: tl.constexpr, SPLITS: tl.constexpr):
+def _places(place, own, n_splits, SPLIT: tl.constexpr, SPLITS: tl.constexpr):
     """(BT, BR, SPLITS): where the words of h are, and which of them there are."""
-    part = tl.arange(0, SPLITS)
+    split = tl.arange(0, SPLITS)
     there = own[:, :, None]
     if SPLITS > 2:
-        there = there & (part < n_parts)[None, None, :]
-    return place[:, :, None] + (part * SPLIT)[None, None, :], there
+        there = there & (split < n_splits)[None, None, :]
+    return place[:, :, None] + (split * SPLIT)[None, None, :], there
 
 
 @triton.jit
-def _words(h, place, own, n_parts, tag, SPLIT: tl.constexpr, SPLITS: tl.constexpr):
+def _words(h, place, own, n_splits, tag, SPLIT: tl.constexpr, SPLITS: tl.constexpr):
     """(BT, BR, SPLITS) words of h. A word read again may be newer, so value and tag come from one load."""
-    places, there = _places(place, own, n_parts, SPLIT, SPLITS)
+    places, there = _places(place, own, n_splits, SPLIT, SPLITS)
     return tl.load(h + places, mask=there, other=tag, volatile=True)
 
 
@@ -156,7 +156,7 @@ def _expand_tile(
     t,
     own,
     place,
-    n_parts,
+    n_splits,
     tag,
     r,
     T,
@@ -172,7 +172,7 @@ def _expand_tile(
     late = _late(words, tag)
     patience = _PATIENCE
     while late & (patience > 0):
-        words = _words(h, place, own, n_parts, tag, SPLIT, SPLITS)
+        words = _words(h, place, own, n_splits, tag, SPLIT, SPLITS)
         late = _late(words, tag)
         patience -= 1
     h_TR = _value(words)
@@ -209,7 +209,7 @@ def _expand_rest(
     t,
     owner_T,
     s,
-    n_parts,
+    n_splits,
     tag,
     n,
     part,
@@ -242,7 +242,7 @@ def _expand_rest(
             own = _own(owner_T, low(tl.load(table + OWNER_FIELD * LIMIT + r)))
             place = (t[:, None] * SLICES + s) * LIMIT + r[None, :]
             # Not from the first-level cache, which would keep words of before.
-            places, there = _places(place, own, n_parts, SPLIT, SPLITS)
+            places, there = _places(place, own, n_splits, SPLIT, SPLITS)
             words = tl.load(h + places, mask=there, other=tag, cache_modifier=".cg")
             missing |= words ^ tag
             b_RN = read_b(arena, table, r, n, LIMIT)
@@ -272,7 +272,7 @@ def _shrink(
     table,
     h,
     n_rows,
-    n_parts,
+    n_splits,
     t,
     owner_T,
     tag,
@@ -288,13 +288,13 @@ def _shrink(
 ):
     """This program's pieces of h: BR rank rows of a slice, over a part of K."""
     groups = tl.cdiv(n_rows, BR)
-    k_count = K // n_parts
+    k_count = K // n_splits
     if SPLITS > 2:
         k_count = tl.multiple_of(k_count, BK)
-    for piece in range(tl.program_id(0), groups * n_parts * SLICES, PROGRAMS):
-        split = piece % n_parts
-        s = piece // n_parts // groups
-        r = piece // n_parts % groups * BR + tl.arange(0, BR)
+    for piece in range(tl.program_id(0), groups * n_splits * SLICES, PROGRAMS):
+        split = piece % n_splits
+        s = piece // n_splits // groups
+        r = piece // n_splits % groups * BR + tl.arange(0, BR)
         rows = table + s * FIELDS * LIMIT
         own = _own(owner_T, low(tl.load(rows + OWNER_FIELD * LIMIT + r)))
         v = shrink_tile(x, arena, rows, t, T, split * k_count, k_count, K, r, LIMIT, BT, BR, BK)
@@ -361,7 +361,7 @@ def linear_kernel(
     """y = x w^T + bias + h B^T. Grid: (PROGRAMS for h + PARTS for each of N / BN tiles,).
 
     x (T, K), w (N, K), bias (N,), y (T, N), T <= BT; K divides by BK, SPLITS * SHRINK_BK and LATE_BK, slices by BN. h (SPLITS, BT, SLICES,
-    LIMIT) int32: tagged sums over SPLITS equal parts of K, or fewer (_parts_of_h); only words of a row's own adapter are written.
+    LIMIT) int32: tagged sums over SPLITS equal parts of K, or fewer (_splits_of_h); only words of a row's own adapter are written.
     PROGRAMS may be 0: then every tile computes its own. meta: first tag less one, number of rank rows. end0, end1: where the outputs of the
     first and of the second slice end; N where there is no further slice.
 
@@ -373,19 +373,19 @@ def linear_kernel(
     owner_T = tl.load(owners + t, mask=t < T, other=-1)
     first_tag = tl.load(meta)
     n_rows = tl.load(meta + 1)
-    n_parts = _parts_of_h(n_rows, SPLITS, SLICES, PROGRAMS, SHRINK_BR)
+    n_splits = _splits_of_h(n_rows, SPLITS, SLICES, PROGRAMS, SHRINK_BR)
     if PROGRAMS > 0:
         if tl.program_id(0) < PROGRAMS:
             # Rank rows that a round computes with half as many at a time.
             HALF_ROUND: tl.constexpr = PROGRAMS // (SPLITS * SLICES) * (SHRINK_BR // 2) if HALVES else 0
             if HALVES and n_rows <= HALF_ROUND:
                 _shrink(
-                    x, arena, table, h, n_rows, n_parts, t, owner_T, _tag(first_tag, layer),
+                    x, arena, table, h, n_rows, n_splits, t, owner_T, _tag(first_tag, layer),
                     T, K, LIMIT, SLICES, SPLITS, PROGRAMS, BT, SHRINK_BR // 2, SHRINK_BK,
                 )  # fmt: skip
             else:
                 _shrink(
-                    x, arena, table, h, n_rows, n_parts, t, owner_T, _tag(first_tag, layer),
+                    x, arena, table, h, n_rows, n_splits, t, owner_T, _tag(first_tag, layer),
                     T, K, LIMIT, SLICES, SPLITS, PROGRAMS, BT, SHRINK_BR, SHRINK_BK,
                 )  # fmt: skip
             return
@@ -415,17 +415,17 @@ def linear_kernel(
         x_TK = tl.load(x + t[:, None] * K + (k0 + k)[None, :], mask=(t < T)[:, None], other=0.0)
         acc = tl.dot(x_TK, w_KN, acc)
         if k0 == early:
-            words = _words(h, place, _own(owner_T, low(owner_R)), n_parts, tag, SPLIT, SPLITS)
+            words = _words(h, place, _own(owner_T, low(owner_R)), n_splits, tag, SPLIT, SPLITS)
             b_RN = _read_b(arena, b_off, span, n)
     if part == 0:
         own = _own(owner_T, low(owner_R))
         acc = _expand_tile(
-            acc, b_RN, words, x, arena, table, h, t, own, place, n_parts, tag, r,
+            acc, b_RN, words, x, arena, table, h, t, own, place, n_splits, tag, r,
             T, K, LIMIT, SPLIT, SPLITS, BT, BR, LATE_BK,
         )  # fmt: skip
     if n_rows > BR:
         acc = _expand_rest(
-            acc, x, arena, table, h, t, owner_T, s, n_parts, tag, n, part, n_rows,
+            acc, x, arena, table, h, t, owner_T, s, n_splits, tag, n, part, n_rows,
             T, K, LIMIT, SLICES, SPLIT, SPLITS, PARTS, BT, BR, LATE_BK, LATE_STAGES,
         )  # fmt: skip
     if PARTS > 1:

@@ -1,7 +1,7 @@
 """Tile sizes of the linear kernel (fused.py), for a layer's shape and a number of rows.
 
 Swept on one H200 (benchmarks/kernels/tune.py): the four layers of Llama-3.1-8B at TP 2 with 1 to 128 rows, few rank rows and many, and
-those of 8B at TP 4 and 8 and of 70B at TP 8 with 8 and 32 rows and few rank rows. What held for all of them: the launch should be one
+those of 8B and 70B at TP 4 and 8 with 8 and 32 rows and few rank rows. What held for all of them: the launch should be one
 wave, or at 8 rows (chosen up to 16) a nearly full wave of two tiles to a multiprocessor. A tile takes most of a multiprocessor's shared
 memory, because the weights' stream needs that much in flight, and the programs that compute h run on multiprocessors that have no tile. A
 launch of a few blocks more than there are multiprocessors costs up to twice the time. So tiles are as narrow as leaves room for those
@@ -104,46 +104,44 @@ class Tiles:
         return product, h, (self.late_stages - 1) * self.rows * (2 * self.block_n + 8 * block_t)
 
 
+@dataclass(frozen=True)
+class _Case:
+    """What tiles are chosen for: a layer, one of KINDS, and a device. widths: of tiles that the layer's slices divide into."""
+
+    widths: list[int]
+    slices: int
+    outputs: int
+    inputs: int
+    block_t: int
+    many: bool
+    device: Device
+
+
 def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device: Device) -> Tiles | None:
     """For a layer of `inputs` whose slices' outputs end at `ends`, and one of KINDS; None if the shapes do not divide."""
     widths = [n for n in WIDTHS if all(end % n == 0 for end in ends)]
     if not widths:
         return None
     slices, outputs, multiprocessors = len(ends), ends[-1], device.multiprocessors
+    case = _Case(widths, slices, outputs, inputs, block_t, many, device)
     # From 32 rows on x comes to as many bytes as W, so it pays to spread both over more blocks; few rank rows leave it to four.
     fewest, most, shrink_rows = 4 if block_t > 16 and not many else FEWEST, MOST, SHRINK_ROWS
     if many:
         shrink_rows = _SHRINK_MANY[block_t]
         if block_t == 64 and slices == 3 and outputs // widths[-1] + _BUSY_FEWEST <= multiprocessors:
             fewest, most, shrink_rows = _BUSY_FEWEST, _BUSY_MOST, _BUSY_ROWS
-    block_n, parts, pairs = _grid(widths, outputs, inputs, block_t, many, slices, fewest, multiprocessors)
+    block_n, parts, pairs = _grid(case, fewest)
     blocks = outputs // block_n * parts
+    one_wave = blocks + fewest <= multiprocessors
     # As swept. One wave of tiles of 32 starts sooner with small pieces.
     deep = block_t == 16 and parts == 1 and block_n in ((16, 32) if pairs else (16, 32, 64) if many else (16, 64))
     block_k = divisor(256 if deep else 128, inputs)
     programs = most if pairs else min(most, max(fewest, multiprocessors - blocks))
-    most_splits, most_k, halves = SPLITS, 256 if block_t == 16 else 128, False
-    if many:
-        most_splits = 1 if slices < 3 and block_t * inputs <= _ONE_PART else SPLITS
-    elif slices == 3 and (block_t <= 32 or (block_t == 64 and parts > 1)):
-        # Where few outputs stand beside each other h takes as long as the tiles.
-        most_splits = MAX_SPLITS
-    elif slices == 2 and block_t == 32:
-        if block_n <= 32:
-            most_k = 512
-        else:
-            # As many as compute FEW_ROWS in one round, unless that would take a second wave.
-            wanted = FEW_ROWS // 64 * SPLITS * slices
-            programs = min(programs, wanted) if blocks + fewest <= multiprocessors else wanted
-            shrink_rows, most_k = 64, 256
-    if programs < FEWEST:
-        shrink_rows, halves = 64, slices == 1
-    room = device.loops // (SHRINK_STAGES * 2 * (block_t + shrink_rows))
-    splits, shrink_k = _shrink_parts(inputs, min(most_k, power_of_two(room)), most_splits)
-    if min(block_k, shrink_k) < 16:
+    h = _h(case, block_n, parts, programs, shrink_rows, one_wave)
+    if min(block_k, h["shrink_k"]) < 16:
         return None
     shared = min(SHARED, device.loops)
-    if parts > 1 or blocks + fewest > multiprocessors:
+    if parts > 1 or not one_wave:
         shared = min(_SHARED_TWO, device.loops * 2 // 3)
     buffer = (block_t + block_n) * block_k * 2
     if pairs or (many and slices > 1 and block_t == 16 and 2 * buffer <= _SHARED_PAIR):
@@ -159,28 +157,45 @@ def tiles_for(ends: Sequence[int], inputs: int, block_t: int, many: bool, device
         early=min(EARLY // block_k, inputs // block_k // parts) * block_k,
         rows=rows,
         late_stages=LATE_STAGES[many and rows <= 32],
-        programs=programs,
-        splits=splits,
-        shrink_rows=shrink_rows,
-        shrink_k=shrink_k,
-        halves=halves,
+        **h,
     )
     while tiles.rows > 16 and tiles.buffers(block_t)[2] > device.loops // (2 if pairs else 1):
         tiles = replace(tiles, rows=tiles.rows // 2)
     return tiles
 
 
-def _grid(
-    widths: Sequence[int],
-    outputs: int,
-    inputs: int,
-    block_t: int,
-    many: bool,
-    slices: int,
-    fewest: int,
-    multiprocessors: int,
-) -> tuple[int, int, bool]:
+def _h(case: _Case, block_n: int, parts: int, programs: int, shrink_rows: int, one_wave: bool) -> dict[str, int]:
+    """The fields of Tiles that say how h is computed.
+
+    programs: that have places beside tiles of block_n columns and `parts`. shrink_rows: rank rows at a time, where nothing speaks for
+    others. one_wave: tiles and the fewest programs are one.
+    """
+    block_t, many = case.block_t, case.many
+    most_splits, most_k, halves = SPLITS, 256 if block_t == 16 else 128, False
+    if many:
+        most_splits = 1 if case.slices < 3 and block_t * case.inputs <= _ONE_PART else SPLITS
+    elif case.slices == 3 and (block_t <= 32 or (block_t == 64 and parts > 1)):
+        # Where few outputs stand beside each other h takes as long as the tiles.
+        most_splits = MAX_SPLITS
+    elif case.slices == 2 and block_t == 32:
+        if block_n <= 32:
+            most_k = 512
+        else:
+            # As many as compute FEW_ROWS in one round, unless that would take a second wave.
+            wanted = FEW_ROWS // 64 * SPLITS * case.slices
+            programs = min(programs, wanted) if one_wave else wanted
+            shrink_rows, most_k = 64, 256
+    if programs < FEWEST:
+        shrink_rows, halves = 64, case.slices == 1
+    room = case.device.loops // (SHRINK_STAGES * 2 * (block_t + shrink_rows))
+    splits, shrink_k = _shrink_parts(case.inputs, min(most_k, power_of_two(room)), most_splits)
+    return dict(programs=programs, splits=splits, shrink_rows=shrink_rows, shrink_k=shrink_k, halves=halves)
+
+
+def _grid(case: _Case, fewest: int) -> tuple[int, int, bool]:
     """Columns of a tile, parts of its K, and whether two tiles come to a multiprocessor. fewest: programs that compute h."""
+    widths, outputs, block_t, many = case.widths, case.outputs, case.block_t, case.many
+    multiprocessors = case.device.multiprocessors
     if block_t == 16:
         for n in widths:
             # Of tiles of 32 three have room.
@@ -193,9 +208,9 @@ def _grid(
         wide = 32
     elif wave == 32 and block_t == FUSED_TOKENS:
         wide, beside = 64, fewest
-    elif many and slices == 1 and block_t > 16:
+    elif many and case.slices == 1 and block_t > 16:
         wide = 128
-    if wide in widths and inputs >= _LONG:
+    if wide in widths and case.inputs >= _LONG:
         parts = min(_MOST_PARTS, (multiprocessors - beside) // (outputs // wide), SUMS // (block_t * outputs))
         if parts > 1:
             return wide, parts, False
