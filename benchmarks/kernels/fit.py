@@ -3,7 +3,8 @@
     python -m benchmarks.kernels.fit [--gpus a100 l40s h200 rtx5090 b200] [--models 8b 70b] [--tp 1 2 8]
 
 For every GPU: how many variants there are, the most shared memory that one takes of what a block may have, and how many keep registers
-in memory (spills). Exit status 1 where one takes too much: Triton would refuse to launch it. About four minutes a GPU; no GPU needed.
+in memory (spills). Exit status 1 where one takes too much (Triton would refuse to launch it), or may begin before the kernel ahead of it
+has ended and reads memory before it waits for that. About four minutes a GPU; no GPU needed.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -35,8 +37,8 @@ GPUS = {
     "a100": (80, Device(108, 166_912)),
     "l40s": (89, Device(142, 101_376)),
     "h200": (90, H200),
-    "b200": (100, Device(148, 232_448)),
-    "rtx5090": (120, Device(170, 101_376)),
+    "b200": (100, Device(148, 232_448, dependent=True)),
+    "rtx5090": (120, Device(170, 101_376, dependent=True)),
 }
 KERNELS = ("linear_kernel", "shrink_kernel", "expand_kernel")
 ROWS = (16, 32, 64, 128, 256, 4096)
@@ -52,7 +54,7 @@ class Launches:
     def __getitem__(self, grid: tuple[int, ...]):
         return self._keep
 
-    def _keep(self, *args, num_warps: int, num_stages: int = 3, **constants) -> None:
+    def _keep(self, *args, num_warps: int, num_stages: int = 3, launch_pdl: bool = False, **constants) -> None:
         named = dict(zip(self._kernel.arg_names, args, strict=False))
         for parameter in self._kernel.params:
             if parameter.is_constexpr and parameter.name in named:
@@ -65,8 +67,10 @@ class Launches:
             aligned,
             num_warps,
             num_stages,
+            launch_pdl,
         )
-        self._found[key] = (self._kernel, constants, types, aligned, num_warps, num_stages)
+        options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
+        self._found[key] = (self._kernel, constants, types, aligned, options)
 
 
 def _type(value) -> str:
@@ -113,15 +117,24 @@ def variants(device: Device, models: list[str], sizes: list[int]) -> list[tuple]
     return list(found.values())
 
 
-def compiled(variant: tuple, capability: int) -> tuple[int, int, int]:
-    """Bytes of shared memory, registers of a thread, and bytes of them that are kept in memory."""
-    kernel, constants, types, aligned, num_warps, num_stages = variant
+class Compiled(NamedTuple):
+    """shared: bytes of shared memory. registers: of a thread. spilled: bytes of them that are kept in memory. early: whether it may begin
+    before the kernel ahead of it has ended, and reads or writes memory before it waits for that."""
+
+    shared: int
+    registers: int
+    spilled: int
+    early: bool
+
+
+def compiled(variant: tuple, capability: int) -> Compiled:
+    kernel, constants, types, aligned, options = variant
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     target = GPUTarget("cuda", capability, 32)
-    made = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+    made = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(made.asm["ptx"])
         file.flush()
@@ -137,7 +150,9 @@ def compiled(variant: tuple, capability: int) -> tuple[int, int, int]:
     registers, spilled = (
         int(re.search(text, told)[1]) for text in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
     )
-    return made.metadata.shared, registers, spilled
+    before = made.asm["ptx"].partition("griddepcontrol.wait")[0]
+    early = options["launch_pdl"] and re.search(r"\.global\.", before) is not None
+    return Compiled(made.metadata.shared, registers, spilled, early)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,24 +166,27 @@ def main(argv: list[str] | None = None) -> int:
     add("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="their layers (default: both)")
     add("--tp", nargs="+", type=int, default=[1, 2, 8])
     args = parser.parse_args(argv)
-    too_large = 0
+    faults = 0
     for name in args.gpus:
         capability, device = GPUS[name]
         found = variants(device, args.models, args.tp)
         most, spilling = 0, 0
         for variant in tqdm(found, desc=name, unit="kernel", leave=False):
-            shared, registers, spilled = compiled(variant, capability)
-            most, spilling = max(most, shared), spilling + (spilled > 0)
-            if shared > device.shared:
-                too_large += 1
-                print(
-                    f"{name}: {shared} bytes of shared memory, {registers} registers: {variant[0].__name__} {variant[1]}"
+            made = compiled(variant, capability)
+            most, spilling = max(most, made.shared), spilling + (made.spilled > 0)
+            if made.shared > device.shared or made.early:
+                faults += 1
+                fault = (
+                    "does not wait for the kernel ahead of it"
+                    if made.early
+                    else f"{made.shared} bytes of shared memory"
                 )
+                print(f"{name}: {fault}, {made.registers} registers: {variant[0].__name__} {variant[1]}")
         print(
             f"{name}: {len(found)} kernels, at most {most} of {device.shared} bytes of shared memory; {spilling} spill",
             flush=True,
         )
-    return 1 if too_large else 0
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -21,11 +21,16 @@ What a tile needs of the tables is loaded before the product, and what they poin
 nothing waits in front of the weights, and little behind them. Rows beyond the batch are masked, not repeated: hundreds of programs that
 ask for the same line of x wait for each other (2 us of 11, one token).
 
+Between two kernels a GPU does nothing for about a microsecond, of some ten that a launch takes. Where it can, a launch therefore begins
+while the kernel before it ends, and waits for that one's results before it reads anything; and lets the next begin once its own products
+are through (CUDA's programming guide, "Programmatic Dependent Launch"). The next waits likewise, or was not launched so.
+
 h is float32 with the low 12 bits replaced by the tag, which leaves 12 bits of significand: more than float16's 11 and bfloat16's 8.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sgl_bdlora.kernels.tiles import SHRINK_STAGES
 
@@ -357,6 +362,7 @@ def linear_kernel(
     LATE_BK: tl.constexpr,
     LATE_STAGES: tl.constexpr,
     BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """y = x w^T + bias + h B^T. Grid: (PROGRAMS for h + PARTS for each of N / BN tiles,).
 
@@ -368,7 +374,11 @@ def linear_kernel(
     A tile's product and its rank rows are shared by PARTS programs, K as equally as its blocks allow. sums (N / BN, PARTS, BT, BN) float32
     and arrived (N / BN,) int32, zero before and after, are used where there are several. EARLY: inputs that are left of the first part when
     it asks for h and B, a multiple of BK and no longer than that part.
+
+    DEPENDENT: it is launched so that it may begin before the kernel ahead of it has ended.
     """
+    if DEPENDENT:
+        gdc_wait()
     t = tl.arange(0, BT)
     owner_T = tl.load(owners + t, mask=t < T, other=-1)
     first_tag = tl.load(meta)
@@ -417,6 +427,9 @@ def linear_kernel(
         if k0 == early:
             words = _words(h, place, _own(owner_T, low(owner_R)), n_splits, tag, SPLIT, SPLITS)
             b_RN = _read_b(arena, b_off, span, n)
+    if DEPENDENT:
+        # Not at the start: what comes next would take room from this kernel.
+        gdc_launch_dependents()
     if part == 0:
         own = _own(owner_T, low(owner_R))
         acc = _expand_tile(

@@ -16,6 +16,7 @@ nothing beside them.
 import numpy as np
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sgl_bdlora.kernels.fused import FIELDS, read_b, shrink_tile, slice_of
 
@@ -75,13 +76,18 @@ def shrink_kernel(
     BT: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid: any number of programs.
 
     x (T, K). table, places: one layer of rows.table_of, `adapters` the third dimension of places. n_tiles (2,): of the batch, and the place
     behind the last one's rows. order, tiles: order_of and tiles_of, at most BT rows. h (SPLITS, T, stride), any float type: sums over
     SPLITS equal parts of K; only the columns of a row's own adapter are written. groups: programs that share the rank rows of a tile.
+    DEPENDENT: as for linear_kernel.
     """
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     k_count = tl.multiple_of(K // SPLITS, 16)
     for item in range(tl.program_id(0), tl.load(n_tiles) * SPLITS * groups, tl.num_programs(0)):
         group = item % groups
@@ -143,11 +149,15 @@ def expand_kernel(
     BR: tl.constexpr,
     ADD: tl.constexpr,
     BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """y += h B^T if ADD, which leaves rows of the base model alone; else y = bias + h B^T in all rows.
 
     Grid: any number of programs. y (T, N), bias (N,) if BIAS; the rest as in shrink_kernel.
     """
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     count = tl.load(n_tiles)
     # The base model's first place.
     base = tl.load(n_tiles + 1)

@@ -59,10 +59,15 @@ _LONG, _MOST_PARTS = 4096, 4
 
 @dataclass(frozen=True)
 class Device:
-    """What tile sizes depend on. shared: bytes of shared memory that one block may have."""
+    """What tile sizes and launches depend on.
+
+    shared: bytes of shared memory that one block may have. dependent: whether a kernel may be launched so that it begins before the one
+    ahead of it has ended (compute capability 9.0 and above).
+    """
 
     multiprocessors: int
     shared: int
+    dependent: bool = False
 
     @property
     def loops(self) -> int:
@@ -70,7 +75,7 @@ class Device:
         return self.shared - _REST
 
 
-H200 = Device(132, 232_448)
+H200 = Device(132, 232_448, dependent=True)
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ class TritonOps:
         self, arena: torch.Tensor, hosts: Sequence[HostLayer], max_adapters: int, collectives: Collectives | None
     ):
         self._device = _device(arena.device)
+        # The interpreter knows no such option.
+        self._launch = dict(DEPENDENT=True, launch_pdl=True) if self._device.dependent else dict(DEPENDENT=False)
         self.plans = {host.path: plan_for(host, self._device) for host in hosts}
         self.known = KnownAdapters(LayerIndex([host for host in hosts if self.plans[host.path]]))
         self.batch = DeviceBatch(arena, self.known, max_adapters, collectives is not None)
@@ -214,6 +216,7 @@ class TritonOps:
             LATE_STAGES=tiles.late_stages,
             BIAS=bias_N is not None,
             num_warps=tiles.warps,
+            **self._launch,
         )
 
     def add_lora(self, y_TN: torch.Tensor, x_TK: torch.Tensor, path: str) -> None:
@@ -281,6 +284,7 @@ class TritonOps:
             BK=divisor(min(256, power_of_two(numbers // (tile + rows))), plan.inputs // splits),
             num_warps=4,
             num_stages=SHRINK_STAGES,
+            **self._launch,
         )
 
     def _expand(
@@ -318,6 +322,7 @@ class TritonOps:
             ADD=add,
             BIAS=bias_N is not None,
             num_warps=4,
+            **self._launch,
         )
 
     def _programs(self, tokens: int, each: int) -> int:
@@ -337,9 +342,10 @@ def _sums(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
 def _device(device: torch.device) -> Device:
     if device.type != "cuda":
         # As many multiprocessors as the shapes of tests need: the interpreter runs block after block.
-        return replace(H200, multiprocessors=20)
+        return replace(H200, multiprocessors=20, dependent=False)
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    dependent = (properties.major, properties.minor) >= (9, 0)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, dependent)
 
 
 def _block_t(tokens: int) -> int:
