@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels.fit [--gpus a100 l40s h200 rtx5090 b200] [--models 8b 70b] [--tp 1 2 8]
 
-For every GPU: how many variants there are, the most shared memory that one takes of what a block may have, and how many keep registers
-in memory (spills). Exit status 1 where one takes too much (Triton would refuse to launch it), or may begin before the kernel ahead of it
-has ended and reads memory before it waits for that. About four minutes a GPU; no GPU needed.
+For every GPU: how many variants there are, the most shared memory that one takes of what a block may have, how many keep registers in
+memory (spills), and how many may begin before the kernel ahead of them has ended. Exit status 1 where one takes too much (Triton would
+refuse to launch it), or reads or writes memory before it has waited for that kernel. About four minutes a GPU; no GPU needed.
 """
 
 import argparse
@@ -182,8 +182,10 @@ def main(argv: list[str] | None = None) -> int:
                     else f"{made.shared} bytes of shared memory"
                 )
                 print(f"{name}: {fault}, {made.registers} registers: {variant[0].__name__} {variant[1]}")
+        dependent = sum(options["launch_pdl"] for *_, options in found)
         print(
-            f"{name}: {len(found)} kernels, at most {most} of {device.shared} bytes of shared memory; {spilling} spill",
+            f"{name}: {len(found)} kernels, at most {most} of {device.shared} bytes of shared memory; {spilling} spill; "
+            f"{dependent} may begin before the kernel ahead of them has ended",
             flush=True,
         )
     return 1 if faults else 0
