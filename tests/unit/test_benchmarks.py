@@ -155,7 +155,8 @@ def test_patience_with_a_server_counts_from_its_start_and_it_is_asked_at_least_o
 
 
 def test_servers_together_start_at_once_and_those_that_do_not_start_leave_the_others_their_turn(tmp_path, monkeypatch):
-    from benchmarks.latency import __main__ as latency
+    from benchmarks.latency import run as latency
+    from benchmarks.latency.__main__ import arguments
 
     def command(server, setup, adapters, port):
         return [sys.executable, "-c", "exit('stock is ill')" if server == "stock" else HEALTHY, str(port)], {}
@@ -168,7 +169,7 @@ def test_servers_together_start_at_once_and_those_that_do_not_start_leave_the_ot
     )
     monkeypatch.setattr(ServerProcess, "wait", lambda self: calls.append(("wait", threading.get_ident())) or wait(self))
     words = ["--device", "cpu", "--tiny", "--together", "--output", str(tmp_path / "rows.jsonl")]
-    run = latency.Latency(latency.arguments(words), tmp_path)
+    run = latency.Latency(arguments(words), tmp_path)
     run.write_files()
     monkeypatch.setattr(
         run, "_measure_all", lambda url, server, _: measured.update({server: httpx.get(url, trust_env=False)})
@@ -691,7 +692,8 @@ def test_lengths_may_name_one_batch():
 
 
 def test_a_resumed_run_measures_what_is_left(tmp_path):
-    from benchmarks.latency.__main__ import Latency, arguments
+    from benchmarks.latency.__main__ import arguments
+    from benchmarks.latency.run import Latency
 
     output = tmp_path / "rows.jsonl"
     args = arguments(
@@ -717,25 +719,28 @@ def test_a_resumed_run_measures_what_is_left(tmp_path):
     ["--modules", "attention"], ["--device", "cuda"],
 ])  # fmt: skip
 def test_a_resumed_run_measures_points_of_another_configuration_again(tmp_path, monkeypatch, words):
-    from benchmarks.latency import __main__ as latency
+    from benchmarks.latency import __main__ as options
+    from benchmarks.latency import run as latency
 
     given = ["--device", "cpu", "--tiny", "--tp", "2", "--output", str(tmp_path / "rows.jsonl"), "--resume"]
-    first = latency.Latency(latency.arguments(given), tmp_path)
+    first = latency.Latency(options.arguments(given), tmp_path)
     for point in first._todo("ours", "block-diagonal"):
         first.rows.write(
             kind="point", arm=point.arm, mix=point.mix.text, wanted_ratio=point.ratio, batch=point.batch,
             input_len=point.prompt, output_len=point.output,
         )  # fmt: skip
-    monkeypatch.setattr(latency, "gpu_name", lambda: "a GPU" if "cuda" in words else None)
-    again = latency.Latency(latency.arguments([*given, *words]), tmp_path)
+    for module in (options, latency):
+        monkeypatch.setattr(module, "gpu_name", lambda: "a GPU" if "cuda" in words else None)
+    again = latency.Latency(options.arguments([*given, *words]), tmp_path)
     assert len(again._todo("ours", "block-diagonal")) == (3 if words else 0)
     monkeypatch.setattr(latency, "gpu_name", lambda: "another GPU")
-    elsewhere = latency.Latency(latency.arguments(given), tmp_path)
+    elsewhere = latency.Latency(options.arguments(given), tmp_path)
     assert len(elsewhere._todo("ours", "block-diagonal")) == 3
 
 
 def test_rows_that_do_not_name_their_blocks_had_as_many_as_usual(tmp_path, monkeypatch):
-    from benchmarks.latency import __main__ as latency
+    from benchmarks.latency import run as latency
+    from benchmarks.latency.__main__ import arguments
 
     monkeypatch.setattr(latency, "gpu_name", lambda: None)
     output = shutil.copy(RESULTS / "latency-cpu-tiny-tp8.jsonl", tmp_path / "rows.jsonl")
@@ -743,8 +748,8 @@ def test_rows_that_do_not_name_their_blocks_had_as_many_as_usual(tmp_path, monke
     points = [row for row in read_rows(output) if row["kind"] == "point"]
     assert points
     assert not any("nblocks" in row for row in points)
-    assert latency.Latency(latency.arguments(words), tmp_path).points == points
-    other = latency.Latency(latency.arguments([*words, "--nblocks", "4"]), tmp_path)
+    assert latency.Latency(arguments(words), tmp_path).points == points
+    other = latency.Latency(arguments([*words, "--nblocks", "4"]), tmp_path)
     assert other.points == []
     # Written a moment ago, it names them.
     other.rows.write(kind="point")
@@ -752,7 +757,8 @@ def test_rows_that_do_not_name_their_blocks_had_as_many_as_usual(tmp_path, monke
 
 
 def test_a_share_has_a_rank_s_part_of_the_model_and_of_its_adapters(tmp_path, capsys):
-    from benchmarks.latency.__main__ import Latency, arguments
+    from benchmarks.latency.__main__ import arguments
+    from benchmarks.latency.run import Latency
 
     words = ["--device", "cpu", "--tiny", "--share-of", "4", "--mixes", "16x2", "--output", str(tmp_path / "rows")]
     run = Latency(arguments(words), tmp_path)
@@ -812,10 +818,11 @@ def test_a_share_has_a_rank_s_part_of_the_model_and_of_its_adapters(tmp_path, ca
     ids=str,
 )
 def test_servers_have_the_adapters_of_the_arms_that_are_measured(tmp_path, monkeypatch, arms, kinds):
-    from benchmarks.latency import __main__ as latency
+    from benchmarks.latency import run as latency
+    from benchmarks.latency.__main__ import arguments
 
     words = ["--device", "cpu", "--tiny", "--mixes", "16x2", "--arms", *arms, "--output", str(tmp_path / "rows")]
-    run = latency.Latency(latency.arguments(words), tmp_path)
+    run = latency.Latency(arguments(words), tmp_path)
     run.write_files()
     assert {name.partition("-")[0] for name in run.paths} == set(kinds.values())
     given = {}
