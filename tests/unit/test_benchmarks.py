@@ -437,8 +437,8 @@ def test_mixes_are_read():
 
 
 def test_prediction_gives_back_what_it_was_fitted_on():
-    from benchmarks.files import LLAMA_8B, LLAMA_70B
-    from benchmarks.latency.predict import ALL_REDUCE_US, PRODUCTS, Arm, fit, product_bytes
+    from benchmarks.files import LLAMA_8B, LLAMA_70B, PRODUCTS
+    from benchmarks.latency.step_model import ALL_REDUCE_US, Arm, fit, product_bytes
 
     products = [
         {"tp": 2, "layer": name, "tokens": 8, "cublas_us": 5 + product_bytes(LLAMA_8B, name) / 2 / 4e6}
@@ -532,8 +532,8 @@ def test_prediction_refuses_rows_of_another_benchmark(capsys):
 
 def test_prediction_by_kernels_that_were_timed():
     """At TP 2 adapters add 3 us beside what its kernels took longer than cuBLAS; at TP 8 that, and what those of now take longer."""
-    from benchmarks.files import LLAMA_8B
-    from benchmarks.latency.predict import PRODUCTS, Arm, fit, kernels_of
+    from benchmarks.files import LLAMA_8B, PRODUCTS
+    from benchmarks.latency.step_model import Arm, fit, kernels_of
 
     def timed(tp, rank, each, model="8b", tokens=8):
         return [
@@ -565,8 +565,9 @@ def test_prediction_by_kernels_that_were_timed():
 
 def test_prediction_by_ranks_that_were_served(tmp_path, capsys):
     """A rank's step and what adapters add to it are as measured, and the collectives come on top; other sizes and batches as before."""
-    from benchmarks.files import LLAMA_8B
-    from benchmarks.latency.predict import ALL_REDUCE_US, PRODUCTS, Arm, fit, main, shares_of
+    from benchmarks.files import LLAMA_8B, PRODUCTS
+    from benchmarks.latency.predict import main
+    from benchmarks.latency.step_model import ALL_REDUCE_US, Arm, fit, shares_of
 
     point = {"kind": "point", "model": LLAMA_8B.name, "tp": 2, "layers": 32, "batch": 8, "output_len": 128}
     point |= {"modules": "all", "mix": "16x4", "wanted_ratio": None}
@@ -625,7 +626,7 @@ def test_prediction_by_ranks_that_were_served(tmp_path, capsys):
 def test_predicted_arms_have_the_rank_rows_of_their_size():
     """Parameters of 0.85 of a plain adapter's: a block for every rank, filled up to four rows; a batch of two has two adapters."""
     from benchmarks.files import LLAMA_8B, matched_rank
-    from benchmarks.latency.predict import Arm, through, unexplained
+    from benchmarks.latency.step_model import Arm, through, unexplained
 
     arm = Arm("block-diagonal", "128x4", 0.85)
     assert [matched_rank(LLAMA_8B, 128, tp, 0.85) for tp in (2, 8)] == [162, 256]
