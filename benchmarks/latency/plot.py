@@ -1,5 +1,9 @@
-"""Table and picture of a latency run.  python -m benchmarks.latency.plot benchmarks/results/latency-....jsonl"""
+"""Table and picture of a latency run.
 
+python -m benchmarks.latency.plot benchmarks/results/latency-....jsonl
+"""
+
+import argparse
 import itertools
 import statistics
 import sys
@@ -138,13 +142,39 @@ def _line(panel, points: list[tuple[int, float]], **look) -> None:
     panel.plot(batches, values, marker="o", **look)
 
 
-if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    points = [row for row in read_rows(source) if row["kind"] == "point"]
+def points_of(path: Path) -> list[dict]:
+    """Of one model and size. Raises ValueError for others, and where there are none."""
+    points = [row for row in read_rows(path) if (row.get("benchmark"), row.get("kind")) == ("latency", "point")]
+    if not points:
+        raise ValueError("rows of benchmarks.latency are needed, with points")
     if len(kinds := sorted({f"{row['model']}, {_size(row)}" for row in points})) > 1:
-        sys.exit(
-            f"{source}: rows of {'; of '.join(kinds)}: one picture is of one of them, so give each a file of its own"
+        raise ValueError(
+            f"rows of {'; of '.join(kinds)}: one picture is of one of them, so give each a file of its own"
         )
+    return points
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.latency.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="rows of benchmarks.latency; the picture goes beside them"
+    )
+    source = parser.parse_args(argv).file
+    try:
+        points = points_of(source)
+    except OSError as error:
+        parser.error(str(error))
+    except ValueError as error:
+        parser.error(f"{source}: {error}")
     print(table(points))
     draw(points, source.with_suffix(".png"))
     print(source.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -857,21 +857,49 @@ def test_ratios_are_by_the_mean_of_the_servers_without_lora():
     assert "drift" not in table(rows[:2])
 
 
-def test_a_picture_is_of_one_model_and_size(tmp_path):
+def test_a_picture_is_of_one_model_and_size(tmp_path, capsys):
+    from benchmarks.latency.plot import main
+
     rows = [row for row in read_rows(RESULTS / "latency-8b-share4-h200.jsonl") if row["kind"] == "point"]
     mixed = tmp_path / "rows.jsonl"
     for other in ({**rows[0], "share_of": 8}, {**rows[0], "model": "another"}):
         mixed.write_text("".join(json.dumps(row) + "\n" for row in [*rows, other]))
-        run = subprocess.run(
-            [sys.executable, "-m", "benchmarks.latency.plot", str(mixed)],
-            cwd=RESULTS.parents[1],
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 1
-        assert "rows of " in run.stderr
-        assert "Llama-3.1-8B shape, one rank of TP 4 without collectives" in run.stderr
+        with pytest.raises(SystemExit):
+            main([str(mixed)])
+        told = capsys.readouterr().err
+        assert f"{mixed}: rows of " in told
+        assert "Llama-3.1-8B shape, one rank of TP 4 without collectives" in told
     assert not mixed.with_suffix(".png").exists()
+
+
+def test_a_picture_needs_a_file_with_points(tmp_path, capsys):
+    from benchmarks.latency.plot import main
+
+    for name, text, why in (
+        ("none.jsonl", None, "No such file or directory"),
+        ("empty.jsonl", "", "rows of benchmarks.latency are needed"),
+        ("error.jsonl", '{"benchmark": "latency", "kind": "error"}\n', "rows of benchmarks.latency are needed"),
+        ("other.jsonl", '{"benchmark": "cliff", "kind": "point"}\n', "rows of benchmarks.latency are needed"),
+        ("text.jsonl", "not a row\n", "Expecting value"),
+    ):
+        file = tmp_path / name
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(SystemExit):
+            main([str(file)])
+        told = capsys.readouterr().err
+        assert why in told
+        assert str(file) in told
+
+
+def test_a_picture_goes_beside_its_rows(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from benchmarks.latency.plot import main
+
+    file = Path(shutil.copy(RESULTS / "latency-8b-share4-h200.jsonl", tmp_path))
+    assert main([str(file)]) == 0
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "block-diagonal" in capsys.readouterr().out
 
 
 def test_gaps_between_tokens_are_those_that_a_span_touches():
