@@ -53,6 +53,14 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def points_of(path: Path, benchmark: str) -> list[dict]:
+    """A benchmark's rows of kind "point". Raises ValueError if the file has none, OSError if it cannot be read."""
+    points = [row for row in read_rows(path) if (row.get("benchmark"), row.get("kind")) == (benchmark, "point")]
+    if not points:
+        raise ValueError(f"rows of benchmarks.{benchmark} are needed, with points")
+    return points
+
+
 def _commit() -> str | None:
     """Short commit id, with "+" when tracked files differ from it; None outside a repository."""
     here = Path(__file__).parent

@@ -1,9 +1,10 @@
 """Picture of a cliff run.  python -m benchmarks.cliff.plot benchmarks/results/cliff-....jsonl"""
 
+import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.record import read_rows
+from benchmarks.record import points_of
 
 COLOURS = {"stock": "tab:red", "plain": "tab:blue", "block-diagonal": "tab:green"}
 
@@ -46,7 +47,26 @@ def draw(rows: list[dict], target: Path) -> None:
     plt.close(figure)
 
 
-if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    draw([row for row in read_rows(source) if row["kind"] == "point"], source.with_suffix(".png"))
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cliff.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="rows of benchmarks.cliff; the picture goes beside them"
+    )
+    source = parser.parse_args(argv).file
+    try:
+        points = points_of(source, "cliff")
+    except OSError as error:
+        parser.error(str(error))
+    except ValueError as error:
+        parser.error(f"{source}: {error}")
+    draw(points, source.with_suffix(".png"))
     print(source.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.record import read_rows
+from benchmarks.record import points_of
 
 STYLES = ("-", "--", ":", "-.")
 COLOURS = {
@@ -64,7 +64,8 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], target: Path) -> None:
-    """A column a mix of adapters; for every prompt and output length the decode steps, and below them their ratios."""
+    """A column a mix of adapters; for every prompt and output length the decode steps, and below them their ratios where there are rows
+    without LoRA."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,31 +73,33 @@ def draw(rows: list[dict], target: Path) -> None:
 
     lengths = list(dict.fromkeys((row["input_len"], row["output_len"]) for row in rows))
     mixes = list(dict.fromkeys(row["mix"] for row in rows if row["adapters"])) or [""]
-    size = (3.4 * len(mixes) + 2.6, 5.4 * len(lengths))
+    decode = baselines(rows, "decode_ms")
+    high = 2 if decode else 1
+    size = (3.4 * len(mixes) + 2.6, 2.7 * high * len(lengths))
     figure, axes = plt.subplots(
-        2 * len(lengths), len(mixes), figsize=size, layout="constrained", squeeze=False, sharey="row"
+        high * len(lengths), len(mixes), figsize=size, layout="constrained", squeeze=False, sharey="row"
     )
     looks = _looks(rows)
-    decode = baselines(rows, "decode_ms")
     for (i, place), (j, mix) in itertools.product(enumerate(lengths), enumerate(mixes)):
         here = [
             row
             for row in rows
             if (row["input_len"], row["output_len"]) == place and (not row["adapters"] or row["mix"] == mix)
         ]
-        steps, ratios = axes[2 * i][j], axes[2 * i + 1][j]
+        panels = [axes[high * i + k][j] for k in range(high)]
         for name, look in looks.items():
             line = [row for row in here if _name(row) == name]
-            _line(steps, [(row["batch"], row["decode_ms"]) for row in line], **look)
-            if name != "no-lora":
+            _line(panels[0], [(row["batch"], row["decode_ms"]) for row in line], **look)
+            if decode and name != "no-lora":
                 by = [(row["batch"], row["decode_ms"] / statistics.mean(decode[_place(row)]))
                       for row in line if _place(row) in decode]  # fmt: skip
-                _line(ratios, by, **look)
-        steps.set_title(f"{mix}, {place[0]} in / {place[1]} out".removeprefix(", "), fontsize=10)
-        ratios.axhline(1, color="black", lw=0.8)
-        ratios.set_xlabel("requests in the batch")
+                _line(panels[1], by, **look)
+        panels[0].set_title(f"{mix}, {place[0]} in / {place[1]} out".removeprefix(", "), fontsize=10)
+        if decode:
+            panels[1].axhline(1, color="black", lw=0.8)
+        panels[-1].set_xlabel("requests in the batch")
         batches = sorted({row["batch"] for row in here})
-        for panel in (steps, ratios):
+        for panel in panels:
             panel.set_xscale("log", base=2)
             panel.set_xticks(batches, [str(batch) for batch in batches])
             panel.grid(alpha=0.3)
@@ -104,8 +107,9 @@ def draw(rows: list[dict], target: Path) -> None:
         # Once, for all panels of a row: a limit ends their scaling.
         row[0].set_ylim(bottom=0)
     for i in range(len(lengths)):
-        axes[2 * i][0].set_ylabel("decode step, ms")
-        axes[2 * i + 1][0].set_ylabel("by the step without LoRA")
+        axes[high * i][0].set_ylabel("decode step, ms")
+        if decode:
+            axes[high * i + 1][0].set_ylabel("by the step without LoRA")
     handles = [plt.Line2D([], [], marker="o", label=name, **look) for name, look in looks.items()]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     first = rows[0]
@@ -142,11 +146,8 @@ def _line(panel, points: list[tuple[int, float]], **look) -> None:
     panel.plot(batches, values, marker="o", **look)
 
 
-def points_of(path: Path) -> list[dict]:
-    """Of one model and size. Raises ValueError for others, and where there are none."""
-    points = [row for row in read_rows(path) if (row.get("benchmark"), row.get("kind")) == ("latency", "point")]
-    if not points:
-        raise ValueError("rows of benchmarks.latency are needed, with points")
+def of_one_model(points: list[dict]) -> list[dict]:
+    """The same. Raises ValueError if they are of several models or sizes."""
     if len(kinds := sorted({f"{row['model']}, {_size(row)}" for row in points})) > 1:
         raise ValueError(
             f"rows of {'; of '.join(kinds)}: one picture is of one of them, so give each a file of its own"
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     source = parser.parse_args(argv).file
     try:
-        points = points_of(source)
+        points = of_one_model(points_of(source, "latency"))
     except OSError as error:
         parser.error(str(error))
     except ValueError as error:

@@ -902,6 +902,33 @@ def test_a_picture_goes_beside_its_rows(tmp_path, capsys):
     assert "block-diagonal" in capsys.readouterr().out
 
 
+def test_a_picture_without_rows_without_lora_has_no_ratios(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.latency.plot import main
+
+    rows = [row for row in read_rows(RESULTS / "latency-8b-share4-h200.jsonl") if row["arm"] != "no-lora"]
+    heights = []
+    for kept in (rows, read_rows(RESULTS / "latency-8b-share4-h200.jsonl")):
+        file = tmp_path / f"{len(kept)}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        assert main([str(file)]) == 0
+        heights.append(int.from_bytes(file.with_suffix(".png").read_bytes()[20:24]))
+    assert heights[0] < heights[1]
+
+
+def test_picture_of_a_cliff(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from benchmarks.cliff.plot import main
+
+    file = Path(shutil.copy(RESULTS / "cliff-h200.jsonl", tmp_path))
+    assert main([str(file)]) == 0
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    file.write_text('{"benchmark": "latency", "kind": "point"}\n')
+    with pytest.raises(SystemExit):
+        main([str(file)])
+    assert f"{file}: rows of benchmarks.cliff are needed" in capsys.readouterr().err
+
+
 def test_gaps_between_tokens_are_those_that_a_span_touches():
     streams = holdup.Streams("http://nowhere", 2)
     streams._times = [[0.0, 1.0, 1.5, 4.0], [0.5, 0.6, 0.9]]
