@@ -4,7 +4,7 @@
 
 For every GPU: how many variants there are, the most shared memory that one takes of what a block may have, how many keep registers in
 memory (spills), and how many may begin before the kernel ahead of them has ended. Exit status 1 where one takes too much (Triton would
-refuse to launch it), or reads or writes memory before it has waited for that kernel. About four minutes a GPU; no GPU needed.
+refuse to launch it), or does anything with memory before it has waited for that kernel. About four minutes a GPU; no GPU needed.
 """
 
 import argparse
@@ -32,13 +32,18 @@ from benchmarks.kernels.shapes import hosts
 from sgl_bdlora.kernels import triton_ops
 from sgl_bdlora.kernels.tiles import H200, Device
 
-# Name -> compute capability, and what tiles depend on (NVIDIA's data sheets; CUDA's programming guide, "Compute Capabilities").
+
+def _gpu(capability: int, multiprocessors: int, shared: int) -> tuple[int, Device]:
+    return capability, Device(multiprocessors, shared, dependent=capability >= 90)
+
+
+# Name -> compute capability, and what kernels depend on (NVIDIA's data sheets; CUDA's programming guide, "Compute Capabilities").
 GPUS = {
-    "a100": (80, Device(108, 166_912)),
-    "l40s": (89, Device(142, 101_376)),
+    "a100": _gpu(80, 108, 166_912),
+    "l40s": _gpu(89, 142, 101_376),
     "h200": (90, H200),
-    "b200": (100, Device(148, 232_448, dependent=True)),
-    "rtx5090": (120, Device(170, 101_376, dependent=True)),
+    "b200": _gpu(100, 148, 232_448),
+    "rtx5090": _gpu(120, 170, 101_376),
 }
 KERNELS = ("linear_kernel", "shrink_kernel", "expand_kernel")
 ROWS = (16, 32, 64, 128, 256, 4096)
@@ -119,12 +124,19 @@ def variants(device: Device, models: list[str], sizes: list[int]) -> list[tuple]
 
 class Compiled(NamedTuple):
     """shared: bytes of shared memory. registers: of a thread. spilled: bytes of them that are kept in memory. early: whether it may begin
-    before the kernel ahead of it has ended, and reads or writes memory before it waits for that."""
+    before the kernel ahead of it has ended, and does not wait for that first (waits_first)."""
 
     shared: int
     registers: int
     spilled: int
     early: bool
+
+
+def waits_first(ptx: str) -> bool:
+    """Whether every thread waits for the kernel ahead before it reads or writes global memory and before it lets the next begin."""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    # Also in cp.async and red; parameters are declared as `.ptr .global .align`.
+    return bool(wait) and not re.search(r"\.global(\.| \[)|\b(bra|ret|exit|launch_dependents)\b", before)
 
 
 def compiled(variant: tuple, capability: int) -> Compiled:
@@ -150,8 +162,7 @@ def compiled(variant: tuple, capability: int) -> Compiled:
     registers, spilled = (
         int(re.search(text, told)[1]) for text in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
     )
-    before = made.asm["ptx"].partition("griddepcontrol.wait")[0]
-    early = options["launch_pdl"] and re.search(r"\.global\.", before) is not None
+    early = options["launch_pdl"] and not waits_first(made.asm["ptx"])
     return Compiled(made.metadata.shared, registers, spilled, early)
 
 

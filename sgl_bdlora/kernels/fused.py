@@ -22,8 +22,10 @@ nothing waits in front of the weights, and little behind them. Rows beyond the b
 ask for the same line of x wait for each other (2 us of 11, one token).
 
 Between two kernels a GPU does nothing for about a microsecond, of some ten that a launch takes. Where it can, a launch therefore begins
-while the kernel before it ends, and waits for that one's results before it reads anything; and lets the next begin once its own products
-are through (CUDA's programming guide, "Programmatic Dependent Launch"). The next waits likewise, or was not launched so.
+while the kernel ahead of it ends (CUDA's programming guide, "Programmatic Dependent Launch"). Every program waits for that kernel before
+it reads or writes anything, and only then lets the next kernel begin, here once its product is through. So what a next kernel reads before
+it waits in turn (flashinfer's all-reduce the residual, its attention the indices) is older than this launch and complete. A kernel ahead
+that was launched likewise has to wait in at least one of its programs, as all of SGLang's do: else it could end before those ahead of it.
 
 h is float32 with the low 12 bits replaced by the tag, which leaves 12 bits of significand: more than float16's 11 and bfloat16's 8.
 """

@@ -83,7 +83,7 @@ def shrink_kernel(
     x (T, K). table, places: one layer of rows.table_of, `adapters` the third dimension of places. n_tiles (2,): of the batch, and the place
     behind the last one's rows. order, tiles: order_of and tiles_of, at most BT rows. h (SPLITS, T, stride), any float type: sums over
     SPLITS equal parts of K; only the columns of a row's own adapter are written. groups: programs that share the rank rows of a tile.
-    DEPENDENT: as for linear_kernel.
+    DEPENDENT: as for linear_kernel, but it lets the next kernel begin at once, which is mostly the expand.
     """
     if DEPENDENT:
         gdc_wait()

@@ -89,8 +89,7 @@ class TritonOps:
         self, arena: torch.Tensor, hosts: Sequence[HostLayer], max_adapters: int, collectives: Collectives | None
     ):
         self._device = _device(arena.device)
-        # The interpreter knows no such option.
-        self._launch = dict(DEPENDENT=True, launch_pdl=True) if self._device.dependent else dict(DEPENDENT=False)
+        self._launch = dict(DEPENDENT=self._device.dependent, launch_pdl=self._device.dependent)
         self.plans = {host.path: plan_for(host, self._device) for host in hosts}
         self.known = KnownAdapters(LayerIndex([host for host in hosts if self.plans[host.path]]))
         self.batch = DeviceBatch(arena, self.known, max_adapters, collectives is not None)

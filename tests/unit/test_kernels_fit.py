@@ -20,3 +20,37 @@ def test_kernels_fit(gpu):
     assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
     kernels, dependent = map(int, re.search(rf"{gpu}: (\d+) kernels.*; (\d+) may begin before", ended.stdout).groups())
     assert dependent == (kernels if gpu == "rtx5090" else 0)
+
+
+PTX = """
+.visible .entry kernel(.param .u64 .ptr .global .align 16 kernel_param_0)
+{
+    ld.param.b64 %rd1, [kernel_param_0];
+    mov.u32 %r1, %ctaid.x;
+    BEFORE
+    griddepcontrol.wait;
+    BEHIND
+    griddepcontrol.launch_dependents;
+    ret;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ld.global.b32 %r2, [%rd1];",
+        "st.global.b32 [%rd1], %r2;",
+        "atom.global.acq_rel.gpu.add.u32 %r2, [%rd1], 1;",
+        "cp.async.cg.shared.global [ %r3 + 0 ], [ %rd1 + 0 ], 0x10, 0x10;",
+        "@%p1 bra $L__BB0_2;",
+        "ret;",
+        "griddepcontrol.launch_dependents;",
+    ],
+)
+def test_nothing_stands_before_the_wait(line):
+    from benchmarks.kernels.fit import waits_first
+
+    assert waits_first(PTX.replace("BEFORE", "").replace("BEHIND", line))
+    assert not waits_first(PTX.replace("BEFORE", line).replace("BEHIND", ""))
+    assert not waits_first(PTX.replace("griddepcontrol.wait;", "").replace("BEFORE", "").replace("BEHIND", line))
