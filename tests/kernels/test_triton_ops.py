@@ -305,6 +305,29 @@ def test_shared_tiles_in_a_graph(engine, device, monkeypatch):
         assert torch.equal(y, ops.linear(read, weight, None, PATHS[0]))
 
 
+@pytest.mark.parametrize("popularity", ["distinct", "many rows"])
+def test_repeated_steps_of_a_graph(engine, device, popularity):
+    """As a server takes them: only the tag moves between two replays. Words of the step before would be of x with another factor."""
+    if device.type == "cpu":
+        pytest.skip("needs a GPU's graphs")
+    ops, _, x = case(engine, device, popularity, 18, static=True)
+    weight = (torch.randn(sum(N), K, generator=torch.Generator().manual_seed(5)) * 0.1).to(x)
+    stream, graph, read = torch.cuda.Stream(), torch.cuda.CUDAGraph(), x.clone()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        wanted = [ops.linear(read, weight, None, path) for path in PATHS]
+    torch.cuda.synchronize()
+    wanted = [y.float().cpu() for y in wanted]
+    with torch.cuda.graph(graph, stream=stream):
+        got = [ops.linear(read, weight, None, path) for path in PATHS]
+    for step in range(500):
+        factor = (-2.0, 0.5, 4.0)[step % 3]
+        read.copy_(x * factor)
+        ops.batch.repeat()
+        graph.replay()
+        assert all(close(y / factor, w, w.abs().max()) for y, w in zip(got, wanted, strict=True))
+
+
 def give_tiles(monkeypatch, ops, change, path=PATHS[0]):
     """Every kind's tiles of a layer with these fields, and tiles where the separate kernels would serve."""
     plan = ops.plans[path]
