@@ -162,7 +162,7 @@ def request_body(asks: Sequence[Ask], **more: Any) -> dict[str, Any]:
     }
 
 
-def check(oracle: Oracle, asks: Iterable[Ask], answers: Iterable[Answer]) -> float:
+def check(oracle: Oracle, asks: Iterable[Ask], answers: Iterable[Answer], tolerance: float = TOLERANCE) -> float:
     """Assert that every answer is the oracle's; returns the largest difference of log-probabilities seen.
 
     The oracle scores the server's own tokens: one forward pass checks the prompt, every generated token, the runners-up
@@ -185,7 +185,7 @@ def check(oracle: Oracle, asks: Iterable[Ask], answers: Iterable[Answer]) -> flo
             pairs += [("top", at, value, score.of(at, other)) for other, value in top.items()]
         kind, at, served, expected = max(pairs, key=lambda pair: abs(pair[2] - pair[3]))
         worst = max(worst, abs(served - expected))
-        wrong = sum(abs(served - expected) > TOLERANCE for _, _, served, expected in pairs)
+        wrong = sum(abs(served - expected) > tolerance for _, _, served, expected in pairs)
         if wrong:
             complaints.append(
                 f"adapter {ask.adapter}, prompt of {len(prompt)}: {wrong} of {len(pairs)} log-probabilities off; "

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from harness import Answer, Ask, Served, Server
 
 # Mixed batches of up to 15 adapters and the base, rank 32, all modules, no adapter at start.
 LORA = ("--enable-lora", "--max-lora-rank", "32", "--lora-target-modules", "all", "--max-loras-per-batch", "16")
-COUNTER = Path(__file__).parent / "counting"
+PLUGINS = Path(__file__).parent / "plugins"
 TENANTS = Path(__file__).parent / "tenants.yaml"
 
 
@@ -68,7 +69,7 @@ class Live:
 
     @contextmanager
     def counting_collectives(self) -> Iterator[list[dict]]:
-        """A list that has, after the block, a record of each forward pass in it (counting/collective_counter.py)."""
+        """A list that has, after the block, a record of each forward pass in it (plugins/collective_counter.py)."""
         switch, records = self._counts.with_suffix(".on"), []
         self._counts.unlink(missing_ok=True)
         switch.touch()
@@ -78,9 +79,19 @@ class Live:
             switch.unlink()
             records += [json.loads(line) for line in self._counts.read_text().splitlines()]
 
+    @property
+    def kernel_calls(self) -> Counter:
+        """So far, of a server that computes with the GPU's kernels (plugins/kernel_interpreter.py)."""
+        return Counter(json.loads(self._counts.with_name("kernels.json").read_text()))
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return json.loads((self.zoo.model(self.served.family) / "config.json").read_text())["num_hidden_layers"]
+
     @contextmanager
     def failing(self, **fault) -> Iterator[None]:
-        """In the block one rank fails while it loads (counting/fault_injector.py)."""
+        """In the block one rank fails while it loads (plugins/fault_injector.py)."""
         file = self._counts.with_name("fault.json")
         file.write_text(json.dumps(fault))
         try:
@@ -97,9 +108,11 @@ def live(request: pytest.FixtureRequest, zoo, tmp_path_factory: pytest.TempPathF
     environment = {
         "COLLECTIVE_COUNTER_FILE": str(folder / "collectives.jsonl"),
         "FAULT_FILE": str(folder / "fault.json"),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(COUNTER), os.environ.get("PYTHONPATH")))),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(PLUGINS), os.environ.get("PYTHONPATH")))),
         **dict(served.environment),
     }
+    if "TRITON_INTERPRET" in environment:
+        environment["KERNEL_CALLS_FILE"] = str(folder / "kernels.json")
     adapters = zoo.adapter(served.family, "bd4-r16").parent
     words = {"ADAPTERS": str(adapters), "TENANTS": str(TENANTS)}
     arguments = (*LORA, *(words.get(word, word) for word in served.arguments))

@@ -28,6 +28,11 @@ S_LORA = Served(
 )
 DEFAULT = (LLAMA, QWEN3, QWEN2, S_LORA)
 
+# Computes with the GPU's kernels: seconds a step.
+_INTERPRETED = (("TRITON_INTERPRET", "1"),)
+KERNELS = (Served("llama", 2, (), _INTERPRETED),)
+KERNELS_S_LORA = tuple(Served(family, 2, S_LORA.arguments, _INTERPRETED) for family in ("llama", "qwen3"))
+
 _RUN = {(served.family, served.tp) for served in DEFAULT if served != S_LORA}
 # Ranks that do not divide by TP, repeated kv heads, and a single rank, where there is nothing to gather.
 SLOW_S_LORA = tuple(
@@ -36,6 +41,7 @@ SLOW_S_LORA = tuple(
 SLOW = (
     *(Served(family, tp) for family in FAMILIES for tp in (1, 2, 4) if (family, tp) not in _RUN),
     *SLOW_S_LORA,
+    *KERNELS_S_LORA,
 )
 
 
