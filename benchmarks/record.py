@@ -1,11 +1,13 @@
 """Machine-readable results: one JSON object a line, written as soon as it is known."""
 
+import argparse
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,12 +55,34 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def points_of(path: Path, benchmark: str) -> list[dict]:
-    """A benchmark's rows of kind "point". Raises ValueError if the file has none, OSError if it cannot be read."""
-    points = [row for row in read_rows(path) if (row.get("benchmark"), row.get("kind")) == (benchmark, "point")]
-    if not points:
-        raise ValueError(f"rows of benchmarks.{benchmark} are needed, with points")
-    return points
+def points_to_draw(
+    benchmark: str, description: str, argv: Sequence[str] | None, check: Callable[[list[dict]], object] | None = None
+) -> tuple[Path, list[dict]]:
+    """The command line of a benchmark's plot: the file that it names, and its rows of kind "point".
+
+    check: raises ValueError for points that one picture cannot show. Ends the process, with a line that names the file, where there is
+    nothing to draw.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{benchmark}.plot",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help=f"rows of benchmarks.{benchmark}; the picture goes beside them"
+    )
+    file = parser.parse_args(argv).file
+    try:
+        points = [row for row in read_rows(file) if (row.get("benchmark"), row.get("kind")) == (benchmark, "point")]
+        if not points:
+            raise ValueError(f"rows of benchmarks.{benchmark} are needed, with points")
+        if check is not None:
+            check(points)
+    except OSError as error:
+        parser.error(str(error))
+    except ValueError as error:
+        parser.error(f"{file}: {error}")
+    return file, points
 
 
 def _commit() -> str | None:

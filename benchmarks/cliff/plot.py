@@ -1,10 +1,9 @@
 """Picture of a cliff run.  python -m benchmarks.cliff.plot benchmarks/results/cliff-....jsonl"""
 
-import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.record import points_of
+from benchmarks.record import points_to_draw
 
 COLOURS = {"stock": "tab:red", "plain": "tab:blue", "block-diagonal": "tab:green"}
 
@@ -48,21 +47,7 @@ def draw(rows: list[dict], target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cliff.plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "file", type=Path, metavar="FILE", help="rows of benchmarks.cliff; the picture goes beside them"
-    )
-    source = parser.parse_args(argv).file
-    try:
-        points = points_of(source, "cliff")
-    except OSError as error:
-        parser.error(str(error))
-    except ValueError as error:
-        parser.error(f"{source}: {error}")
+    source, points = points_to_draw("cliff", __doc__, argv)
     draw(points, source.with_suffix(".png"))
     print(source.with_suffix(".png"))
     return 0

@@ -3,13 +3,12 @@
 python -m benchmarks.latency.plot benchmarks/results/latency-....jsonl
 """
 
-import argparse
 import itertools
 import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.record import points_of
+from benchmarks.record import points_to_draw
 
 STYLES = ("-", "--", ":", "-.")
 COLOURS = {
@@ -146,31 +145,16 @@ def _line(panel, points: list[tuple[int, float]], **look) -> None:
     panel.plot(batches, values, marker="o", **look)
 
 
-def of_one_model(points: list[dict]) -> list[dict]:
-    """The same. Raises ValueError if they are of several models or sizes."""
+def _is_of_one_model(points: list[dict]) -> None:
+    """Raises ValueError if they are of several models or sizes."""
     if len(kinds := sorted({f"{row['model']}, {_size(row)}" for row in points})) > 1:
         raise ValueError(
             f"rows of {'; of '.join(kinds)}: one picture is of one of them, so give each a file of its own"
         )
-    return points
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.latency.plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "file", type=Path, metavar="FILE", help="rows of benchmarks.latency; the picture goes beside them"
-    )
-    source = parser.parse_args(argv).file
-    try:
-        points = of_one_model(points_of(source, "latency"))
-    except OSError as error:
-        parser.error(str(error))
-    except ValueError as error:
-        parser.error(f"{source}: {error}")
+    source, points = points_to_draw("latency", __doc__, argv, _is_of_one_model)
     print(table(points))
     draw(points, source.with_suffix(".png"))
     print(source.with_suffix(".png"))
