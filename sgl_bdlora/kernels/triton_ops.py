@@ -343,8 +343,9 @@ def _device(device: torch.device) -> Device:
         # As many multiprocessors as the shapes of tests need: the interpreter runs block after block.
         return replace(H200, multiprocessors=20, dependent=False)
     properties = torch.cuda.get_device_properties(device)
-    dependent = (properties.major, properties.minor) >= (9, 0)
-    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, dependent)
+    return Device(
+        properties.multi_processor_count, properties.shared_memory_per_block_optin, dependent=properties.major >= 9
+    )
 
 
 def _block_t(tokens: int) -> int:
