@@ -6,7 +6,8 @@ from zoo import RECIPES
 
 # Kernels take adapters of linear layers; batches with others are torch operations.
 LINEAR = [name for name in RECIPES if not name.endswith(("-head", "-vocabulary", "-embedding"))]
-# The kernels' h has 12 bits of significand. 3e-4 to 4e-4 was seen in every one of these tests; adapters move the answer by 0.1 and more (test_exactness.py).
+# The kernels' h has 12 bits of significand. 3e-4 to 4e-4 was seen in every one of these tests; adapters move the answer by 0.1 and more
+# (test_exactness.py).
 TOLERANCE = 2e-3
 
 
