@@ -38,6 +38,8 @@ from sgl_bdlora.sharding import HostLayer
 
 # Up to here the tiles of the separate expand are half as wide, so that there are enough of them.
 NARROW_TOKENS = 64
+# Up to here kernels begin before the one ahead of them has ended. Longer prompts' have more to do than a launch takes, and were slower so.
+EARLY_TOKENS = 1024
 # Programs that the separate kernels should have at least: two for each multiprocessor of an H100 or H200.
 PROGRAMS = 264
 # And at most for each multiprocessor; more would find nothing to do in most batches.
@@ -89,7 +91,6 @@ class TritonOps:
         self, arena: torch.Tensor, hosts: Sequence[HostLayer], max_adapters: int, collectives: Collectives | None
     ):
         self._device = _device(arena.device)
-        self._launch = dict(DEPENDENT=self._device.dependent, launch_pdl=self._device.dependent)
         self.plans = {host.path: plan_for(host, self._device) for host in hosts}
         self.known = KnownAdapters(LayerIndex([host for host in hosts if self.plans[host.path]]))
         self.batch = DeviceBatch(arena, self.known, max_adapters, collectives is not None)
@@ -215,7 +216,7 @@ class TritonOps:
             LATE_STAGES=tiles.late_stages,
             BIAS=bias_N is not None,
             num_warps=tiles.warps,
-            **self._launch,
+            **self._launch(tokens),
         )
 
     def add_lora(self, y_TN: torch.Tensor, x_TK: torch.Tensor, path: str) -> None:
@@ -283,7 +284,7 @@ class TritonOps:
             BK=divisor(min(256, power_of_two(numbers // (tile + rows))), plan.inputs // splits),
             num_warps=4,
             num_stages=SHRINK_STAGES,
-            **self._launch,
+            **self._launch(tokens),
         )
 
     def _expand(
@@ -321,8 +322,13 @@ class TritonOps:
             ADD=add,
             BIAS=bias_N is not None,
             num_warps=4,
-            **self._launch,
+            **self._launch(tokens),
         )
+
+    def _launch(self, tokens: int) -> dict[str, bool]:
+        """How a kernel for so many rows is launched, and what it has to know of that."""
+        early = self._device.dependent and tokens <= EARLY_TOKENS
+        return {"DEPENDENT": early, "launch_pdl": early}
 
     def _programs(self, tokens: int, each: int) -> int:
         """Of a separate kernel that has so many things to do for a tile."""

@@ -57,15 +57,19 @@ def test_bfloat16_errors_are_the_base_models(zoo, tmp_path, family, tp, sharding
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_graphs_on_and_off_are_equal(zoo, tmp_path, family):
-    """One request at a time: how SGLang cuts requests that come together into batches, and with it bfloat16's rounding, varies."""
+def test_decode_graphs_on_and_off_are_equal(zoo, tmp_path, family):
+    """To the bit, one request at a time: how SGLang cuts requests that come together into batches, and with it bfloat16's rounding, varies.
+
+    Prompts are computed without graphs in both: graphs pad them, and have tiles for many rank rows whatever the batch has, which round
+    otherwise. That they are no less exact is `test_bfloat16_errors_are_the_base_models`.
+    """
     answers = []
-    for extra in ((), ("--disable-cuda-graph", "--cuda-graph-backend-prefill", "disabled")):
-        with Server(zoo.model(family), 1, tmp_path / "server.log", (*BFLOAT16, *extra)) as server:
+    for extra in ((), ("--disable-cuda-graph",)):
+        arguments = (*BFLOAT16, "--cuda-graph-backend-prefill", "disabled", *extra)
+        with Server(zoo.model(family), 1, tmp_path / "server.log", arguments) as server:
             answers.append([server.generate([ask])[0] for ask in make_asks(server, zoo, family, LINEAR)])
     for with_graph, without in zip(*answers, strict=True):
-        assert with_graph.tokens == without.tokens
-        assert with_graph.generated == pytest.approx(without.generated, abs=1e-3)
+        assert with_graph == without
 
 
 def test_a_quantised_base_costs_adapters_no_more_than_the_base(zoo, tmp_path):
