@@ -239,7 +239,7 @@ def _head_rows_per_request(forward_batch: ForwardBatch, rows: list[int]) -> list
 
 
 def refuse_unsupported(server_args) -> None:
-    """End the process when an option would make LoRA wrong; names the option and the way out."""
+    """End the process when an option would make LoRA wrong, or the start endless; names the option and the way out."""
     for option, given in (
         ("--pp-size above 1", server_args.pp_size > 1),
         ("--enable-dp-attention", server_args.enable_dp_attention),
@@ -248,6 +248,8 @@ def refuse_unsupported(server_args) -> None:
         ("--enable-lora-overlap-loading", server_args.enable_lora_overlap_loading),
         # It asks lm_head for rows of its own choice (logits_processor.py:compute_logprobs_for_multi_item_scoring).
         ("--enable-mis", server_args.enable_mis),
+        # It cannot tell what kernels with inline assembly write, takes every input for written, and compiles each batch size for minutes.
+        ("--enable-torch-compile", server_args.enable_torch_compile),
     ):
         if given:
             raise SystemExit(

@@ -110,9 +110,9 @@ def draw(rows: list[dict], target: Path) -> None:
         if decode:
             axes[high * i + 1][0].set_ylabel("by the step without LoRA")
     handles = [plt.Line2D([], [], marker="o", label=name, **look) for name, look in looks.items()]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    figure.legend(handles=handles, loc="outside right center", fontsize=8)
     first = rows[0]
-    figure.suptitle(f"{first['model']}, {first['layers']} layers, {_size(first)}, {first['gpu'] or 'CPU'}", fontsize=10)
+    figure.suptitle(f"{first['model']}, {first['layers']} layers\n{_size(first)}, {first['gpu'] or 'CPU'}", fontsize=10)
     figure.savefig(target, dpi=110)
     plt.close(figure)
 

@@ -1,4 +1,4 @@
-"""Options that would make LoRA wrong end the process with a message that names them."""
+"""Options that would make LoRA wrong or a start endless end the process with a message that names them."""
 
 from types import SimpleNamespace
 
@@ -12,6 +12,7 @@ SERVED = {
     "speculative_algorithm": None,
     "enable_lora_overlap_loading": False,
     "enable_mis": False,
+    "enable_torch_compile": False,
 }
 
 
@@ -31,6 +32,7 @@ def manager():
         ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm"),
         ({"enable_lora_overlap_loading": True}, "--enable-lora-overlap-loading"),
         ({"enable_mis": True}, "--enable-mis"),
+        ({"enable_torch_compile": True}, "--enable-torch-compile"),
     ],
 )
 def test_an_option_that_does_not_work_is_named(manager, given, option):
