@@ -6,10 +6,10 @@
     python -m benchmarks.latency --share-of 8                             # 1 GPU: what one rank of TP 8 does between collectives
     python -m benchmarks.latency --device cpu --tiny                      # tries the benchmark itself
 
-Each point is a batch of equal requests sent at once, repeated; a decode step is the time of the whole batch less that of its first
-tokens, by the tokens between. The server without LoRA runs first and last; the difference is the machine's drift. With --resume it
-does so in every run, and ratios are to the rows of the same run; other points that the file has of the same configuration (model, machine,
-server arguments, blocks, repeats) are not measured again. With
+Each point is a batch of equal requests sent at once, repeated, of which rows have the median and each; a decode step is the time of the
+whole batch less that of its first tokens, by the tokens between. The server without LoRA runs first and last; the difference is the
+machine's drift. With --resume it does so in every run, and ratios are to the rows of the same run; other points that the file has of the
+same configuration (model, machine, server arguments, blocks, repeats) are not measured again. With
 --together all servers start at once and stay up while one after another is measured: much of a short run is waiting for starts.
 With --share-of 8 the model is one rank's share of a model at TP 8 (its heads, intermediate units and vocabulary; every layer), and so are
 the adapters: the products, kernels, attention and graphs of that rank in a server on one GPU. Collectives are what is missing: two

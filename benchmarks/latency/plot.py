@@ -41,7 +41,8 @@ def _place(row: dict) -> tuple:
 
 
 def table(rows: list[dict]) -> str:
-    """One line a point, with ratios to the mean of the servers without LoRA, and the most that these drifted in each figure."""
+    """One line a point, with ratios to the mean of the servers without LoRA and the least and greatest of its repeats, where the row has
+    them; and the most that the servers without LoRA drifted in each figure."""
     lines = []
     decode, ttft = baselines(rows, "decode_ms"), baselines(rows, "ttft_ms")
     for row in rows:
@@ -50,7 +51,11 @@ def table(rows: list[dict]) -> str:
             base, first = statistics.mean(decode[_place(row)]), statistics.mean(ttft[_place(row)])
             ratios = f"  decode {row['decode_ms'] / base:5.2f}x  first token {row['ttft_ms'] / first:5.2f}x"
         lengths = f"{row['input_len']}/{row['output_len']}"
-        lines.append(f"{label(row):<32} batch {row['batch']:3d} {lengths:>10}{ratios}  {row['decode_ms']:8.3f} ms")
+        each = row.get("decode_ms_each")
+        spread = f" ({min(each):.3f} to {max(each):.3f})" if each else ""
+        lines.append(
+            f"{label(row):<32} batch {row['batch']:3d} {lengths:>10}{ratios}  {row['decode_ms']:8.3f} ms{spread}"
+        )
     for name, found in (("decode steps", decode), ("first tokens", ttft)):
         drifts = {place: max(values) / min(values) - 1 for place, values in found.items() if len(values) > 1}
         if drifts:
@@ -63,8 +68,8 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], target: Path) -> None:
-    """A column a mix of adapters; for every prompt and output length the decode steps, and below them their ratios where there are rows
-    without LoRA."""
+    """A column a mix of adapters; for every prompt and output length the decode steps, from the least repeat to the greatest where rows
+    have them, and below them their ratios where there are rows without LoRA."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,6 +94,9 @@ def draw(rows: list[dict], target: Path) -> None:
         for name, look in looks.items():
             line = [row for row in here if _name(row) == name]
             _line(panels[0], [(row["batch"], row["decode_ms"]) for row in line], **look)
+            for row in line:
+                if each := row.get("decode_ms_each"):
+                    panels[0].vlines(row["batch"], min(each), max(each), color=look["color"], lw=1)
             if decode and name != "no-lora":
                 by = [(row["batch"], row["decode_ms"] / statistics.mean(decode[_place(row)]))
                       for row in line if _place(row) in decode]  # fmt: skip

@@ -213,13 +213,16 @@ class Latency:
     def _measure(self, url: str, server: str, point: "Point") -> None:
         adapters = [] if point.arm in BASE_ONLY else adapters_of(point.mix, point.ratio)
         names = [adapters[i % len(adapters)].name for i in range(point.batch)] if adapters else None
-        first, whole = self._time(url, point.batch, point.prompt, point.output, names)
+        firsts, wholes = self._time(url, point.batch, point.prompt, point.output, names)
+        first, whole = statistics.median(firsts), statistics.median(wholes)
         row = self.rows.write(
             kind="point", arm=point.arm, server=server, mix=point.mix.text, adapters=len(adapters),
             rank=[self._rank(rank, point.ratio) for rank in point.mix.ranks] if adapters else [],
             params_ratio=self._measured_ratio(point.mix, point.ratio) if adapters else None, wanted_ratio=point.ratio,
             batch=point.batch, input_len=point.prompt, output_len=point.output,
             ttft_ms=first * 1e3, decode_ms=decode_s(first, whole, point.output) * 1e3, e2e_s=whole,
+            ttft_ms_each=[one * 1e3 for one in firsts],
+            decode_ms_each=[decode_s(*one, point.output) * 1e3 for one in zip(firsts, wholes, strict=True)],
         )  # fmt: skip
         self.points.append(row)
         print(
@@ -231,17 +234,18 @@ class Latency:
     def _measured_ratio(self, chosen: Mix, ratio: float | None) -> float:
         return params_ratio(chosen, ratio, self.shape, self.args.nblocks, self.modules)
 
-    def _time(self, url: str, batch: int, prompt: int, output: int, names: list[str] | None) -> tuple[float, float]:
-        """Median seconds until every request has its first token, and until all have ended."""
+    def _time(
+        self, url: str, batch: int, prompt: int, output: int, names: list[str] | None
+    ) -> tuple[list[float], list[float]]:
+        """Seconds of every repeat until each request has its first token, and until all have ended."""
         rng = random.Random(0)
-        first, whole = time_batches(
+        return time_batches(
             url,
             lambda: {"input_ids": random_ids(rng, self.served.vocab, batch, prompt)},
             output,
             names,
             self.args.repeats,
         )
-        return statistics.median(first), statistics.median(whole)
 
     def _summarize(self) -> None:
         print(plot.table(self.points))

@@ -843,15 +843,17 @@ def test_ratios_are_by_the_mean_of_the_servers_without_lora():
     point = {"run": "a", "mix": "16x4", "adapters": 0, "batch": 1, "input_len": 8, "output_len": 8, "ttft_ms": 10.0}
     rows = [
         {**point, "arm": "no-lora", "decode_ms": 1.0},
-        {**point, "arm": "block-diagonal", "adapters": 4, "params_ratio": 1.0, "decode_ms": 2.1},
+        {**point, "arm": "block-diagonal", "adapters": 4, "params_ratio": 1.0, "decode_ms": 2.1,
+         "decode_ms_each": [2.1, 2.45, 2.05]},
         {**point, "arm": "no-lora", "decode_ms": 1.1, "ttft_ms": 15.0},
         {**point, "batch": 4, "arm": "no-lora", "decode_ms": 1.0},
         {**point, "batch": 4, "arm": "no-lora", "decode_ms": 1.02, "ttft_ms": 11.0},
         {**point, "run": "b", "arm": "no-lora", "decode_ms": 4.0},
-    ]
+    ]  # fmt: skip
     text = table(rows)
     assert "block-diagonal 1.00x 16x4" in text
     assert "decode  2.00x" in text
+    assert "2.100 ms (2.050 to 2.450)\n" in text
     assert "first to last, decode steps: at most 10.0 % (batch 1, 8/8)" in text
     assert "first to last, first tokens: at most 50.0 % (batch 1, 8/8)" in text
     assert "drift" not in table(rows[:2])
