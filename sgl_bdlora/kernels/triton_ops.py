@@ -38,7 +38,7 @@ from sgl_bdlora.sharding import HostLayer
 
 # Up to here the tiles of the separate expand are half as wide, so that there are enough of them.
 NARROW_TOKENS = 64
-# Up to here kernels begin before the one ahead of them has ended. Longer prompts' have more to do than a launch takes, and were slower so.
+# Up to here kernels begin before the one ahead of them has ended. Those of longer prompts lost more by that than a launch takes.
 EARLY_TOKENS = 1024
 # Programs that the separate kernels should have at least: two for each multiprocessor of an H100 or H200.
 PROGRAMS = 264

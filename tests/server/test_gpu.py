@@ -60,8 +60,8 @@ def test_bfloat16_errors_are_the_base_models(zoo, tmp_path, family, tp, sharding
 def test_decode_graphs_on_and_off_are_equal(zoo, tmp_path, family):
     """To the bit, one request at a time: how SGLang cuts requests that come together into batches, and with it bfloat16's rounding, varies.
 
-    Prompts are computed without graphs in both: graphs pad them, and have tiles for many rank rows whatever the batch has, which round
-    otherwise. That they are no less exact is `test_bfloat16_errors_are_the_base_models`.
+    Prompts are computed without graphs in both: prefill graphs have tiles for many rank rows whatever the batch has, which add in another
+    order. That they are no less exact is `test_bfloat16_errors_are_the_base_models`.
     """
     answers = []
     for extra in ((), ("--disable-cuda-graph",)):
