@@ -34,10 +34,6 @@ logger = logging.getLogger(__name__)
 class BDLoRAManager(LoRAManager):
     """Serves block-diagonal and plain adapters of any ranks in one batch; only S-LoRA pieces meet in a collective."""
 
-    def __init__(self, *args, server_args, **kwargs):
-        refuse_unsupported(server_args)
-        super().__init__(*args, server_args=server_args, **kwargs)
-
     def init_state(self, max_lora_rank=None, target_modules=None, lora_paths=None) -> None:
         """Wrap the model's layers, make the pool, load the adapters given at start."""
         options = config.options()
@@ -236,26 +232,6 @@ def _head_rows_per_request(forward_batch: ForwardBatch, rows: list[int]) -> list
         return [1] * len(rows)
     starts = forward_batch.extend_logprob_start_lens_cpu
     return [max(1, length - start) for length, start in zip(rows, starts, strict=True)]
-
-
-def refuse_unsupported(server_args) -> None:
-    """End the process when an option would make LoRA wrong, or the start endless; names the option and the way out."""
-    for option, given in (
-        ("--pp-size above 1", server_args.pp_size > 1),
-        ("--enable-dp-attention", server_args.enable_dp_attention),
-        # SGLang itself refuses every other algorithm together with LoRA.
-        ("--speculative-algorithm", server_args.speculative_algorithm not in (None, "NGRAM")),
-        ("--enable-lora-overlap-loading", server_args.enable_lora_overlap_loading),
-        # It asks lm_head for rows of its own choice (logits_processor.py:compute_logprobs_for_multi_item_scoring).
-        ("--enable-mis", server_args.enable_mis),
-        # It cannot tell what kernels with inline assembly write, takes every input for written, and compiles each batch size for minutes.
-        ("--enable-torch-compile", server_args.enable_torch_compile),
-    ):
-        if given:
-            raise SystemExit(
-                f"sgl-bdlora: {option} does not work with --lora-backend {config.BACKEND} yet. Change it, or serve with "
-                "--lora-backend csgmv."
-            )
 
 
 def refuse_padded_model(hf_config, tp_size: int) -> None:

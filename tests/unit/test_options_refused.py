@@ -4,9 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgl_bdlora import cpu
+from sgl_bdlora import cpu, plugin
 
 SERVED = {
+    "lora_backend": "bdlora",
+    "enable_lora": True,
+    "lora_paths": None,
     "pp_size": 1,
     "enable_dp_attention": False,
     "speculative_algorithm": None,
@@ -14,14 +17,6 @@ SERVED = {
     "enable_mis": False,
     "enable_torch_compile": False,
 }
-
-
-@pytest.fixture(scope="module")
-def manager():
-    cpu.prepare_environment()
-    from sgl_bdlora import manager
-
-    return manager
 
 
 @pytest.mark.parametrize(
@@ -35,17 +30,30 @@ def manager():
         ({"enable_torch_compile": True}, "--enable-torch-compile"),
     ],
 )
-def test_an_option_that_does_not_work_is_named(manager, given, option):
+@pytest.mark.parametrize("lora", [{}, {"enable_lora": None, "lora_paths": ["a=/a"]}])
+def test_an_option_that_does_not_work_is_named(given, option, lora):
     with pytest.raises(SystemExit, match=f"{option} does not work with --lora-backend bdlora"):
-        manager.refuse_unsupported(SimpleNamespace(**SERVED | given))
+        plugin.refuse_unsupported(SimpleNamespace(**SERVED | given | lora))
 
 
-def test_other_options_are_not_refused(manager):
-    manager.refuse_unsupported(SimpleNamespace(**SERVED))
-    manager.refuse_unsupported(SimpleNamespace(**SERVED | {"speculative_algorithm": "NGRAM"}))
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"speculative_algorithm": "NGRAM"},
+        {"lora_backend": "csgmv", "enable_torch_compile": True},
+        {"enable_lora": None, "pp_size": 2},
+        {"enable_lora": False, "lora_paths": ["a=/a"], "pp_size": 2},
+    ],
+)
+def test_other_options_are_not_refused(given):
+    plugin.refuse_unsupported(SimpleNamespace(**SERVED | given))
 
 
-def test_a_model_that_sglang_padded_is_refused(manager):
+def test_a_model_that_sglang_padded_is_refused():
+    cpu.prepare_environment()
+    from sgl_bdlora import manager
+
     padded = SimpleNamespace(num_attention_heads=12, original_num_attention_heads=9)
     with pytest.raises(SystemExit, match="num_attention_heads = 9 is not divisible by --tp-size 4"):
         manager.refuse_padded_model(padded, 4)
