@@ -6,10 +6,9 @@ logs a plugin's exceptions and carries on unpatched, so everything that must not
 
 import logging
 import multiprocessing
-import os
 from functools import partial
 
-from sgl_bdlora import config, cpu, graphs, malformed, request_checks
+from sgl_bdlora import config, cpu, graphs, malformed, options_refused, request_checks
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +22,7 @@ def register() -> None:
 
     launcher = multiprocessing.parent_process() is None
     compat.require(launcher)
-    refuse_environment()
+    options_refused.refuse_environment()
     _register_backend()
     _hook("sglang.srt.server_args.ServerArgs.add_cli_args", _after_add_cli_args, "AFTER")
     _hook("sglang.srt.server_args.ServerArgs.from_cli_args", _before_from_cli_args, "BEFORE")
@@ -62,13 +61,6 @@ def verify_hooks() -> None:
     if missing or not _targets:
         raise SystemExit(
             f"sgl-bdlora: hooks not in place: {', '.join(missing) or 'all'}; refusing to serve LoRA unpatched."
-        )
-
-
-def refuse_environment() -> None:
-    if os.environ.get("SGLANG_EXPERIMENTAL_LORA_OPTI", "").lower() in ("1", "true", "yes"):
-        raise SystemExit(
-            "sgl-bdlora: SGLANG_EXPERIMENTAL_LORA_OPTI replaces the layers that this plugin extends; unset it."
         )
 
 
@@ -191,8 +183,8 @@ def _before_from_cli_args(cls, args) -> None:
 
 def _before_check_lora_server_args(server_args) -> None:
     """SGLang demands a rank limit and target modules without adapters at start; the bdlora pool needs neither."""
-    refuse_unconfined(server_args)
-    refuse_unsupported(server_args)
+    options_refused.refuse_unconfined(server_args)
+    options_refused.refuse_unsupported(server_args)
     if multiprocessing.parent_process() is None:
         from sgl_bdlora.tenants import start as tenants_start
 
@@ -206,39 +198,6 @@ def _before_check_lora_server_args(server_args) -> None:
         defaults["lora_target_modules"] = ["all"]
     if defaults:
         server_args.override("sgl_bdlora", **defaults)
-
-
-def refuse_unconfined(server_args) -> None:
-    """SGLang's own back ends read any path: with one of them --adapter-root would promise what nothing keeps."""
-    if config.options().adapter_root is not None and server_args.lora_backend != config.BACKEND:
-        raise SystemExit(
-            f"sgl-bdlora: --adapter-root works with --lora-backend {config.BACKEND} only, not {server_args.lora_backend}; "
-            "leave it out, or change the back end."
-        )
-
-
-def refuse_unsupported(server_args) -> None:
-    """End the process when an option would make LoRA wrong, or the start endless; names the option and the way out."""
-    # SGLang takes adapters at start for LoRA unless told otherwise.
-    lora = server_args.enable_lora or (server_args.enable_lora is None and server_args.lora_paths)
-    if server_args.lora_backend != config.BACKEND or not lora:
-        return
-    for option, given in (
-        ("--pp-size above 1", server_args.pp_size > 1),
-        ("--enable-dp-attention", server_args.enable_dp_attention),
-        # SGLang itself refuses every other algorithm together with LoRA.
-        ("--speculative-algorithm", server_args.speculative_algorithm not in (None, "NGRAM")),
-        ("--enable-lora-overlap-loading", server_args.enable_lora_overlap_loading),
-        # It asks lm_head for rows of its own choice (logits_processor.py:compute_logprobs_for_multi_item_scoring).
-        ("--enable-mis", server_args.enable_mis),
-        # It cannot tell what kernels with inline assembly write, takes every input for written, and compiles each batch size for minutes.
-        ("--enable-torch-compile", server_args.enable_torch_compile),
-    ):
-        if given:
-            raise SystemExit(
-                f"sgl-bdlora: {option} does not work with --lora-backend {config.BACKEND} yet. Change it, or serve with "
-                "--lora-backend csgmv."
-            )
 
 
 async def _around_load_lora_adapter_from_tensors(original, manager, obj, request=None):

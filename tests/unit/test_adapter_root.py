@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgl_bdlora import config, plugin
+from sgl_bdlora import config, options_refused
 from sgl_bdlora.adapters import AdapterError
 from sgl_bdlora.adapters.root import confined
 
@@ -141,6 +141,6 @@ def test_a_root_that_is_no_directory_is_refused(place, capsys):
 def test_back_ends_that_would_not_keep_it_are_refused(place, monkeypatch):
     monkeypatch.setenv(config.ENV, "{}")
     config.Options(adapter_root=str(place / "root")).publish()
-    plugin.refuse_unconfined(SimpleNamespace(lora_backend="bdlora"))
+    options_refused.refuse_unconfined(SimpleNamespace(lora_backend="bdlora"))
     with pytest.raises(SystemExit, match="csgmv"):
-        plugin.refuse_unconfined(SimpleNamespace(lora_backend="csgmv"))
+        options_refused.refuse_unconfined(SimpleNamespace(lora_backend="csgmv"))

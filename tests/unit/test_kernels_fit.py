@@ -21,8 +21,8 @@ def test_kernels_fit(gpu):
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
     kernels, dependent = map(int, re.search(rf"{gpu}: (\d+) kernels.*; (\d+) may begin before", ended.stdout).groups())
-    # All but those for long prompts.
-    assert 0 < dependent < kernels if gpu == "rtx5090" else dependent == 0
+    # All but those for long prompts: a shrink and two expands, with the product and by itself, in each of four layers.
+    assert kernels - 12 <= dependent < kernels if gpu == "rtx5090" else dependent == 0
 
 
 @pytest.mark.parametrize("gpu", ["a100", "h200"])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgl_bdlora import cpu, plugin
+from sgl_bdlora import cpu, options_refused
 
 SERVED = {
     "lora_backend": "bdlora",
@@ -33,7 +33,7 @@ SERVED = {
 @pytest.mark.parametrize("lora", [{}, {"enable_lora": None, "lora_paths": ["a=/a"]}])
 def test_an_option_that_does_not_work_is_named(given, option, lora):
     with pytest.raises(SystemExit, match=f"{option} does not work with --lora-backend bdlora"):
-        plugin.refuse_unsupported(SimpleNamespace(**SERVED | given | lora))
+        options_refused.refuse_unsupported(SimpleNamespace(**SERVED | given | lora))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_an_option_that_does_not_work_is_named(given, option, lora):
     ],
 )
 def test_other_options_are_not_refused(given):
-    plugin.refuse_unsupported(SimpleNamespace(**SERVED | given))
+    options_refused.refuse_unsupported(SimpleNamespace(**SERVED | given))
 
 
 def test_a_model_that_sglang_padded_is_refused():

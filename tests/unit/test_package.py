@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sgl_bdlora import compat, cpu, plugin
+from sgl_bdlora import compat, cpu, options_refused, plugin
 
 
 def test_importing_needs_neither_torch_nor_sglang():
@@ -49,4 +49,4 @@ def test_hooks_that_did_not_land_are_refused(monkeypatch):
 def test_experimental_layers_are_refused(monkeypatch):
     monkeypatch.setenv("SGLANG_EXPERIMENTAL_LORA_OPTI", "1")
     with pytest.raises(SystemExit, match="SGLANG_EXPERIMENTAL_LORA_OPTI"):
-        plugin.refuse_environment()
+        options_refused.refuse_environment()
